@@ -1,0 +1,55 @@
+# `make prune` and `make test` work on a fresh machine that has Python >= 3.10 with venv, make and a C++ compiler.
+# Another interpreter: `make prune PYTHON=python3.12`. What is installed already is not installed again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+INSTALLED := $(VENV)/installed
+# Which tests `make test` runs; all of them: `make test MARKERS=`.
+MARKERS ?= not slow and not browser
+# More options for pytest: `make test PYTEST="-x -k gates"`.
+PYTEST ?=
+
+.PHONY: help prune test check lint unit bench demo-model install
+
+help:
+	@echo "make prune       install, then prune the embedded demo model"
+	@echo "make test        install, then run the tests"
+	@echo "make check       install, then format, lint, types and unit tests"
+	@echo "make bench       install, then measure into benchmarks/results.json"
+	@echo "make demo-model  install, then train the demo model from scratch into build/demo-model"
+
+prune: $(INSTALLED)
+	PATH="$(BIN):$$PATH" deepspeed launchers/prune.py --ds ds_configs/zero3.json
+
+test: $(INSTALLED)
+	PATH="$(BIN):$$PATH" pytest -m "$(MARKERS)" $(PYTEST)
+
+check: lint unit
+
+lint: $(INSTALLED)
+	PATH="$(BIN):$$PATH" ruff format --check .
+	PATH="$(BIN):$$PATH" ruff check .
+	PATH="$(BIN):$$PATH" mypy
+
+unit: $(INSTALLED)
+	PATH="$(BIN):$$PATH" pytest -m "not slow and not multiproc and not browser" tests/unit tests/policy $(PYTEST)
+
+bench: $(INSTALLED)
+	PATH="$(BIN):$$PATH" python benchmarks/run.py
+
+demo-model: $(INSTALLED)
+	PATH="$(BIN):$$PATH" tsp demo train --output build/demo-model
+
+install: $(INSTALLED)
+
+# torch comes first, alone: deepspeed is built from source and looks at it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.11 ...")'
+	@test -x "$(BIN)/pip" || $(PYTHON) -m venv --clear $(VENV) || { \
+		echo "$(PYTHON) cannot make a virtual environment (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || { \
+		echo "a C++ compiler is needed (Debian, Ubuntu: apt-get install g++)" >&2; exit 1; }
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt torch
+	"$(BIN)/python" -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@

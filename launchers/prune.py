@@ -1,0 +1,6 @@
+"""What `deepspeed` starts on each rank: `deepspeed launchers/prune.py --ds ds_configs/zero3.json [options]`."""
+
+from tsp.cli import launched_prune
+
+if __name__ == "__main__":
+    launched_prune()

@@ -1,0 +1,37 @@
+"""What holds for every test: its own working directory, no network, no store but its own.
+
+The variables are set before anything is imported, because transformers, datasets and mlflow read some of them then.
+"""
+
+import os
+
+import pytest
+
+_SET = {
+    "DO_NOT_TRACK": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# What the shell of whoever runs the tests may hold, and what a job of ours would obey.
+_UNSET = (
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_REGISTRY_URI",
+    "MLFLOW_RUN_ID",
+    "MLFLOW_TAGS",
+    "MLFLOW_TRACKING_URI",
+    "LOCAL_RANK",
+    "RANK",
+    "WORLD_SIZE",
+)
+
+os.environ.update(_SET)
+for _name in _UNSET:
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(autouse=True)
+def _own_working_directory(tmp_path, monkeypatch):
+    """A job writes to `mlruns/` of its working directory: never to that of the repository."""
+    monkeypatch.chdir(tmp_path)

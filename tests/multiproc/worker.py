@@ -1,0 +1,137 @@
+"""What the tests start with `deepspeed` on each rank: run the cases of a plan, write what each gave as JSON.
+
+    deepspeed --num_accelerators 2 tests/multiproc/worker.py PLAN.json RESULTS.json
+
+One start costs many seconds, so it runs many cases. A case is `{"kind", "folder", "blocks", "ds", "settings"}`; ranks
+fail together, so an error of one case is its result and the next one goes on.
+"""
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from tests.models import Recorder, job
+from tsp.checkpoint import load
+from tsp.config import ModelConfig
+from tsp.engine import Engine, weights_dtype
+from tsp.gates import Gates
+from tsp.methods.base import Bench
+from tsp.methods.trsp.stage1 import score
+from tsp.methods.trsp.stage2 import transfer
+from tsp.penalties import lm_loss
+from tsp.sharding import resolve
+from tsp.source import open_source
+from tsp.training import train
+
+
+def run(case: dict, world: SimpleNamespace) -> dict:
+    """One case on this rank."""
+    config = job(**case["settings"])
+    dtype = weights_dtype(config, world.device)
+    sharding = resolve(case["ds"], config, world_size=world.size, hidden_size=32, dtype=dtype)
+    torch.manual_seed(config.seed)
+    engine = Engine(world.rank, world.size, world.device, dtype, sharding, config.train)
+    source = open_source(ModelConfig(path=case["folder"]))
+    decoder = load(source, engine.dtype, engine.loading())
+    weights_gib = engine.weights_gib(decoder.model)
+    bench = Bench(
+        config=config,
+        engine=engine,
+        decoder=decoder,
+        blocks_NT=torch.tensor(case["blocks"]),
+        tracker=Recorder(),
+        load_again=lambda: load(source, engine.dtype, engine.loading()),
+    )
+    started = time.perf_counter()
+    result = KINDS[case["kind"]](bench, case)
+    assert torch.distributed.get_world_size() == world.size
+    return result | {"weights_gib": weights_gib, "rows": bench.tracker.rows, "seconds": time.perf_counter() - started}
+
+
+def stage1(bench: Bench, case: dict) -> dict:
+    """The order of the layers; the gates of every step are in the rows."""
+    with bench.engine.mounted(bench.decoder.model) as bench.model:
+        scores = score(bench, case["num_drop"])
+    return {"order": scores.order, "values": scores.values}
+
+
+def stage2(bench: Bench, case: dict) -> dict:
+    """Logits of the pruned model before and after, and the trained weights."""
+    engine, decoder, ids = bench.engine, bench.decoder, bench.blocks_NT[:4]
+
+    def pruned() -> torch.Tensor:
+        with engine.mounted(decoder.model) as model, decoder.bypassing(case["doomed"]), torch.no_grad():
+            return model(ids).float()
+
+    before = pruned()
+    transfer(bench, case["doomed"], save_dtype=torch.float32)
+    after = pruned()
+    weights = {}
+    for name, parameter in decoder.model.named_parameters():
+        with engine.gathered([parameter]):
+            weights[name] = parameter.detach().float().cpu().clone()
+    if engine.is_first:
+        torch.save({"before": before, "after": after, "weights": weights}, case["tensors"])
+    return {}
+
+
+def gradient(bench: Bench, case: dict) -> dict:
+    """Of the gates after one step."""
+    gates = Gates(bench.decoder, case["placement"])
+    gates.values = torch.tensor(case["gates"], requires_grad=True)
+    with bench.engine.mounted(bench.decoder.model) as model, gates.attached():
+        stats = train(
+            bench.engine,
+            model,
+            bench.blocks_NT,
+            bench.config.train,
+            num_steps=1,
+            seed=0,
+            loss=lambda ids: {"total": lm_loss(model(ids), ids)},
+        )
+        [step] = stats
+    return {"gradient": bench.engine.mean(gates.values.grad).tolist(), "loss": step.losses["total"]}
+
+
+def ranks(bench: Bench, case: dict) -> dict:
+    """The engine's own sums and broadcasts."""
+    engine = bench.engine
+    mine = torch.tensor([1.0 + engine.rank])
+    return {
+        "mean": engine.mean(mine).item(),
+        "sum": engine.sum(mine).item(),
+        "every_rank": engine.every_rank(10.0 + engine.rank),
+        "from_first": engine.from_first({"rank": engine.rank}),
+        "peak": engine.peak_memory_gib(),
+    }
+
+
+KINDS = {"stage1": stage1, "stage2": stage2, "gradient": gradient, "ranks": ranks}
+
+
+def main() -> None:
+    plan_path, results_path = (Path(word) for word in sys.argv[1:] if not word.startswith("--"))
+    cases = json.loads(plan_path.read_text())
+    engine = Engine.start(job(), {"zero_optimization": {"stage": 0}})
+    torch.set_num_threads(1)
+    world = SimpleNamespace(rank=engine.rank, size=engine.world_size, device=engine.device)
+    results = {}
+    for name, case in cases.items():
+        try:
+            results[name] = run(case, world)
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]}
+            traceback.print_exc()
+        print(name, round(results[name].get("seconds", 0), 1), "s", file=sys.stderr, flush=True)
+    if engine.is_first:
+        results_path.write_text(json.dumps(results))
+    engine.stop()
+
+
+if __name__ == "__main__":
+    main()

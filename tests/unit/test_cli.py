@@ -1,0 +1,291 @@
+"""The command line: quick help, wrong input is one `error:` line and exit code 2, and what `tsp prune` hands on."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from tsp import cli
+from tsp.cli import launched_prune, main
+from tsp.errors import TspError
+from tsp.options import config_from_options, sharding_path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HELP_S = 2.0
+"""Loose: 0.2 s on an idle machine, and the tests may share theirs. `import torch` alone takes longer."""
+
+
+def run(*words, launcher=None, **variables):
+    command = [str(REPOSITORY / "launchers" / launcher)] if launcher else ["-m", "tsp"]
+    return subprocess.run(
+        [sys.executable, *command, *words],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def assert_wrong_input(done, reason):
+    """Exit code 2; the last line of stderr says why, and is the only one that begins with `error:`."""
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert [line for line in lines if line.startswith("error:")] == lines[-1:]
+    assert reason in lines[-1]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not Path("mlruns").exists()
+
+
+def options_of(*words):
+    """What click makes of a command line of the launcher."""
+    return launched_prune.make_context("prune", list(words)).params
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Instead of starting `deepspeed`, keep its command line."""
+    # An engine of another test in this process would make the exit a hard one.
+    monkeypatch.setitem(sys.modules, "torch", None)
+    commands = []
+    monkeypatch.setattr(cli, "run_passing_signals", lambda command: commands.append(command) or 7)
+    return commands
+
+
+def test_help_answers_at_once():
+    fastest = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run("--help")
+        fastest.append(time.perf_counter() - start)
+        assert done.returncode == 0
+    assert "prune" in done.stdout
+    assert min(fastest) < HELP_S
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_command_explains_itself_and_its_options(name):
+    done = CliRunner().invoke(main, [name, "--help"])
+    assert done.exit_code == 0
+    command = main.commands[name]
+    assert command.help
+    undocumented = [
+        parameter.name
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        and not parameter.hidden
+        and not parameter.help
+        and parameter.metavar is None
+    ]
+    assert not undocumented
+
+
+@pytest.mark.parametrize("launcher", sorted(path.name for path in (REPOSITORY / "launchers").glob("*.py")))
+def test_every_launcher_takes_what_deepspeed_adds(launcher):
+    done = run("--local_rank=0", "--help", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "--local_rank" not in done.stdout
+
+
+def test_prune_and_its_launcher_take_the_same_options():
+    of_command = {parameter.name for parameter in main.commands["prune"].params}
+    of_launcher = {parameter.name for parameter in launched_prune.params}
+    assert of_command - of_launcher == {"nproc", "hostfile", "include", "master_port"}
+    assert of_launcher - of_command == {"local_rank"}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--ratio", "1.3"], "prune.ratio: input should be less than 1, got 1.3"),
+        (["--ratio", "0.5", "--num-drop", "3"], "give one of --ratio, --num-drop and --drop"),
+        (["--drop", "3,x"], "--drop must be layer numbers joined by commas, like 3,7,9, got '3,x'"),
+        (["--register", "a", "--no-register"], "give one of --register and --no-register"),
+        (["--set", "stage1.step=3"], "unknown key stage1.step, did you mean steps?"),
+        (["--set", "stage1.steps"], "--set must be KEY=VALUE"),
+        (["--config", "none.yaml"], "--config none.yaml: No such file"),
+        (["--method", "magic"], "prune.method must be one of tsp, trsp"),
+        (["--ratio", "half"], "'half' is not a valid float"),
+        (["--no-such-option"], "No such option"),
+        (["surplus"], "surplus"),
+    ],
+)
+@pytest.mark.parametrize("launcher", [None, "prune.py"])
+def test_wrong_option_is_one_error_line(words, reason, launcher):
+    # The same with and without `deepspeed`.
+    done = run(*words, launcher=launcher) if launcher else run("prune", *words)
+    assert_wrong_input(done, reason)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--model", "./none"], "./none"),
+        (["--ds", "none.json"], "--ds none.json: No such file"),
+        (["--ds", "clash.json"], "train_batch_size is 5, the job has 8; fp16.enabled is True, the job has False"),
+        (["--data", "none.txt"], "corpus none.txt: No such file"),
+        (["--data", "empty.txt"], "less than one block"),
+        (["--num-drop", "16"], "prune.num_drop must be in [1, 15], got 16"),
+        (["--num-drop", "0"], "prune.num_drop: input should be greater than or equal to 1, got 0"),
+        (["--ratio", "0"], "prune.ratio: input should be greater than 0, got 0"),
+        (["--drop", "3,16"], "16"),
+        (["--drop", ""], "--drop must be"),
+        (["--drop", "3,,7"], "--drop must be"),
+        (["--config", "bad.yaml"], "unknown key stage2.gate, did you mean gates?"),
+        (["--output", "."], "--output . must be a new or an empty folder"),
+        (["--set", "train.batch_size=3", "--set", "train.accumulation=2"], "train.batch_size must be a multiple"),
+    ],
+)
+def test_wrong_input_is_found_before_anything_is_opened(words, reason, tmp_path):
+    from tsp.pipeline import prepare
+
+    (tmp_path / "clash.json").write_text(
+        json.dumps({"train_batch_size": 5, "fp16": {"enabled": True}, "zero_optimization": {"stage": 3}})
+    )
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.yaml").write_text("stage2: {gate: off}")
+    before = sorted(tmp_path.iterdir())
+    options = options_of(*words)
+    with pytest.raises(TspError) as caught:
+        prepare(config_from_options(options), sharding_path(options), options["output"], root=tmp_path, world_size=1)
+    assert caught.value.exit_code == 2
+    assert reason in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["evaluate", "--model", "./none", "--eval-data", "a.txt", "--json"], "./none"),
+        (["evaluate", "--eval-data", "a.txt"], "--model"),
+        (
+            ["evaluate", "--model", "x", "--eval-data", "a.txt", "--set", "evil.x=1"],
+            "unknown key evil, did you mean eval?",
+        ),
+        (["no-such-command"], "no-such-command"),
+    ],
+)
+def test_wrong_input_of_other_commands(words, reason):
+    assert_wrong_input(run(*words), reason)
+
+
+def test_debug_shows_the_traceback_and_keeps_the_last_line():
+    done = run("prune", "--ratio", "2", "--debug")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: prune.ratio")
+
+
+def test_prune_starts_the_launcher_with_the_same_options(started):
+    words = ["--ratio", "0.5", "--eval-data", "a.txt", "--eval-data", "b c.txt", "--set", "stage1.steps=3"]
+    words += ["--set", "stage2.lr=1e-4", "--no-register", "--seed", "3", "--run-name", "x y", "--output", "out"]
+    done = CliRunner().invoke(main, ["prune", *words])
+    assert done.exit_code == 7
+    (command,) = started
+    assert command[:2] == [
+        str(Path(sys.executable).with_name("deepspeed")),
+        str(REPOSITORY / "launchers" / "prune.py"),
+    ]
+    handed, given = options_of(*command[2:]), options_of(*words)
+    assert handed == given
+    assert config_from_options(handed) == config_from_options(given)
+
+
+def test_prune_passes_the_launchers_own_options_on(started):
+    words = ["--nproc", "2", "--hostfile", "hosts", "--include", "a:0,1", "--master-port", "29501", "--num-drop", "3"]
+    CliRunner().invoke(main, ["prune", *words])
+    (command,) = started
+    script = command.index(str(REPOSITORY / "launchers" / "prune.py"))
+    before = dict(zip(command[1:script:2], command[2:script:2], strict=True))
+    assert before == {
+        "--num_accelerators": "2",
+        "--hostfile": "hosts",
+        "--include": "a:0,1",
+        "--master_port": "29501",
+    }
+    assert options_of(*command[script + 1 :])["num_drop"] == 3
+
+
+def test_without_words_the_help_is_shown():
+    done = run()
+    assert done.returncode == 2
+    assert "Usage: " in done.stderr
+    assert "doctor" in done.stderr
+
+
+def test_a_zero_wins_over_the_file(tmp_path):
+    (tmp_path / "job.yaml").write_text("seed: 5")
+    assert config_from_options(options_of("--config", "job.yaml", "--seed", "0")).seed == 0
+
+
+def test_a_zero_is_handed_on(started):
+    CliRunner().invoke(main, ["prune", "--seed", "0"])
+    (command,) = started
+    assert command[2:] == ["--seed", "0"]
+
+
+def test_prune_starts_nothing_on_wrong_input(started):
+    done = CliRunner().invoke(main, ["prune", "--ratio", "7"])
+    assert done.exit_code == 2
+    assert not started
+
+
+def test_options_win_over_the_file_and_set_wins_over_options(tmp_path):
+    (tmp_path / "job.yaml").write_text("prune: {ratio: 0.1}\nseed: 5\nstage1: {steps: 11}\n")
+    words = ["--config", "job.yaml", "--ratio", "0.5", "--set", "seed=9"]
+    config = config_from_options(options_of(*words))
+    assert (config.prune.ratio, config.seed, config.stage1.steps) == (0.5, 9, 11)
+
+
+def test_preset_gives_way_to_what_is_asked_for():
+    paper = config_from_options(options_of("--method", "trsp"))
+    assert (paper.stage1.placement, paper.stage2.gates) == ("output", "hold")
+    changed = config_from_options(options_of("--method", "trsp", "--set", "stage1.placement=residual"))
+    assert (changed.stage1.placement, changed.stage2.gates) == ("residual", "hold")
+
+
+def test_the_demos_settings_are_for_the_demo_only():
+    demo, own = (config_from_options(options_of(*words)) for words in ([], ["--model", "folder"]))
+    assert demo.tracking.register_as == "demo-pruned"
+    assert own.tracking.register_as is None
+    assert own.stage1.steps != demo.stage1.steps
+
+
+@pytest.mark.parametrize("words", [["--drop", "3,7,9"], ["--drop", "9, 7,3"]])
+def test_layers_to_drop_are_read(words):
+    assert sorted(config_from_options(options_of(*words)).prune.drop) == [3, 7, 9]
+
+
+def test_dry_run_prints_the_config_and_the_plan_and_makes_nothing():
+    import yaml
+
+    done = run("prune", "--dry-run", "--num-drop", "3", "--nproc", "2")
+    assert done.returncode == 0, done.stderr
+    printed = yaml.safe_load(done.stdout)
+    assert printed["plan"]["num_drop"] == 3
+    assert printed["plan"]["ranks"] == 2
+    assert printed["config"]["prune"]["num_drop"] == 3
+    assert printed["deepspeed"]["train_micro_batch_size_per_gpu"] == 4
+    assert "auto" not in str(printed["deepspeed"])
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_doctor_prints_one_json_document_and_nothing_else():
+    done = run("doctor", "--json")
+    checks = json.loads(done.stdout)
+    assert done.returncode == (0 if all(check["ok"] for check in checks) else 1)
+    assert {"Python", "torch", "tracking store"} <= {check["name"] for check in checks}
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_ui_without_a_store_fails_in_one_line():
+    done = run("ui")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: there is no tracking store")
+    assert len(done.stderr.strip().splitlines()) == 1

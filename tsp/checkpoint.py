@@ -1,0 +1,192 @@
+"""Load a model in shards, save it without the dropped layers, prove the result.
+
+A folder is written beside its final place and renamed, so it appears whole or not at all.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsp.decoder import Decoder
+from tsp.errors import ModelError
+from tsp.progress import phase
+from tsp.source import Source, load_tokenizer, one_line
+from tsp.surgery import kept_layers, mended_config, renamed
+
+# Gathers sharded parameters for the length of a block: `engine.Engine.gathered`.
+Gather = Callable[..., AbstractContextManager[None]]
+
+_MAX_SHARD_BYTES = 2 * 2**30
+
+
+def load(source: Source, dtype: torch.dtype, loading: AbstractContextManager[None], *, trust: bool = False) -> Decoder:
+    """Read the weights, frozen.
+
+    Args:
+        source: from `open_source`.
+        dtype: of the weights in memory.
+        loading: `engine.Engine.loading()`, under which the weights go straight into shards.
+        trust: run the model's own Python code.
+
+    Raises:
+        ModelError: tensors are missing or of another shape than the config says.
+    """
+    import transformers
+
+    # Dropout is off in every phase: we measure and move what the model knows, on few tokens.
+    dropouts = {
+        key: 0.0 for key, value in source.config.to_dict().items() if "drop" in key and isinstance(value, float)
+    }
+    try:
+        with loading:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **dropouts
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {source.name} cannot be loaded: {one_line(error)}") from None
+    if info["missing_keys"] or info["mismatched_keys"]:
+        faults = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise ModelError(f"model {source.name} lacks {len(faults)} tensors that its config asks for, first {faults[0]}")
+    return Decoder(model.requires_grad_(False), source.stack, source.num_outputs)
+
+
+def round_weights(parameters: Iterable[Tensor], dtype: torch.dtype, gathered: Gather) -> None:
+    """Round trained weights to the dtype they will be saved in, so that what is evaluated is what is saved."""
+    for parameter in parameters:
+        if parameter.dtype != dtype:
+            with gathered([parameter], modify=True):
+                parameter.data.copy_(parameter.data.to(dtype))
+
+
+def save_without(
+    decoder: Decoder, source: Source, dropped: Sequence[int], output: Path, *, gathered: Gather, write: bool
+) -> None:
+    """Write the model without some layers as a plain Hugging Face folder, shard by shard.
+
+    Every rank calls this; at most one shard is whole in memory, and only on the rank that writes.
+
+    Args:
+        decoder: the model, in the original numbering.
+        source: where it came from; gives config, dtype on disk and tokenizer.
+        dropped: indices that go.
+        output: folder to make; must not exist.
+        gathered: `engine.Engine.gathered`.
+        write: True on rank 0.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors.torch import save_file
+
+    kept = kept_layers(source.num_layers, dropped)
+    config, tokenizer = mended_config(source.config, kept), load_tokenizer(source)
+    tensors = _named_tensors(decoder.model, source.stack, kept)
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: _numel(tensor) * source.dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_MAX_SHARD_BYTES,
+    )
+    with _whole_or_not_at_all(output) if write else nullcontext(output) as folder:
+        shards = plan.filename_to_tensors.items()
+        for filename, names in phase(shards, "save", len(shards), show=write):
+            shard = {}
+            for name in names:
+                with gathered([tensors[name]]):
+                    if write:
+                        shard[name] = _on_disk(tensors[name], source.dtype)
+            if write:
+                save_file(shard, folder / filename, metadata={"format": "pt"})
+        if not write:
+            return
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if (source.folder / "generation_config.json").exists():
+            shutil.copy(source.folder / "generation_config.json", folder)
+
+
+def prove(checkpoint: Path, tokens_BT: Tensor, logits_BTV: Tensor) -> dict[str, Any]:
+    """Reload a checkpoint in a fresh process with transformers alone and compare.
+
+    Args:
+        checkpoint: the folder.
+        tokens_BT: `[B, T]` int64.
+        logits_BTV: `[B, T, V]`, what the in-memory model with bypassed layers gave.
+
+    Returns:
+        What `python -m tsp.proof` prints: `max_logit_difference`, `cached_equals_uncached`, `missing`, `unexpected`.
+
+    Raises:
+        ModelError: it does not load.
+    """
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe.safetensors"
+        save_file({"tokens": tokens_BT.cpu().contiguous(), "logits": logits_BTV.cpu().contiguous()}, probe)
+        done = subprocess.run(
+            [sys.executable, "-m", "tsp.proof", str(checkpoint), str(probe)],
+            capture_output=True,
+            text=True,
+            env={key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES},
+        )
+    if done.returncode:
+        raise ModelError(f"the pruned checkpoint {checkpoint} does not load: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout)
+
+
+_LAUNCHER_VARIABLES = {
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CROSS_RANK",
+}
+
+
+@contextmanager
+def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `output` when the block ends, and is removed when it fails."""
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _named_tensors(model: nn.Module, stack: str, kept: Sequence[int]) -> dict[str, Tensor]:
+    """What the checkpoint will hold, by new name; a tied tensor once, under its first name."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        new_name = renamed(name, stack, kept)
+        if new_name is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[new_name] = tensor
+    return tensors
+
+
+def _numel(tensor: Tensor) -> int:
+    return tensor.ds_numel if hasattr(tensor, "ds_numel") else tensor.numel()
+
+
+def _on_disk(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    data = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return data.contiguous()

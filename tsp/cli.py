@@ -1,0 +1,182 @@
+"""The command line: click -> typed config -> one call. Heavy imports are made inside the commands."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tsp import __version__
+from tsp.exits import exit_codes, run_passing_signals
+from tsp.options import Command, Group, config_from_options, is_given, job_options, sharding_path
+from tsp.paths import shipped
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tsp")
+def main() -> None:
+    """Make language models smaller by removing whole layers without losing what they know."""
+
+
+@click.command(cls=Command)
+@click.option("--local_rank", type=int, hidden=True, help="Given by the deepspeed launcher.")
+@job_options
+def launched_prune(local_rank: int | None, **options: Any) -> None:
+    """Prune a model on the ranks that `deepspeed` started."""
+    with exit_codes(debug=options["debug"]):
+        _prune(options, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+
+
+@main.command()
+@click.option("--nproc", type=click.IntRange(min=1), help="Ranks on this node [one per GPU; 1 without].")
+@click.option("--hostfile", type=click.Path(path_type=Path), help="Passed on to deepspeed.")
+@click.option("--include", help="Passed on to deepspeed.")
+@click.option("--master-port", type=int, help="Passed on to deepspeed.")
+@job_options
+@click.pass_context
+def prune(
+    context: click.Context,
+    /,
+    nproc: int | None,
+    hostfile: Path | None,
+    include: str | None,
+    master_port: int | None,
+    **options: Any,
+) -> None:
+    """Prune a model: `deepspeed launchers/prune.py` with the same options."""
+    with exit_codes(debug=options["debug"]):
+        config_from_options(options)
+        if options["dry_run"]:
+            _prune(options, world_size=nproc or 1)
+            return
+        command = [str(Path(sys.executable).with_name("deepspeed"))]
+        passed = {"num_accelerators": nproc, "hostfile": hostfile, "include": include, "master_port": master_port}
+        command += [text for name, value in passed.items() if value is not None for text in (f"--{name}", str(value))]
+        command += [str(shipped("launchers/prune.py")), *_again(context)]
+    sys.exit(run_passing_signals(command))
+
+
+@main.command()
+@click.option("--model", required=True, help="Hub id, folder or models:/name@alias.")
+@click.option("--eval-data", multiple=True, required=True, help="Corpus to measure on; repeatable.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Dotted config key; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def evaluate(model: str, eval_data: tuple[str, ...], overrides: tuple[str, ...], as_json: bool, debug: bool) -> None:
+    """Measure the perplexity of a model on some corpora."""
+    with exit_codes(debug=debug), _stdout_kept_clean() as stdout:
+        from tsp.config import load_config, nest, parse_override
+        from tsp.evaluate import evaluate_model
+
+        given = [nest("model.path", model), nest("eval.sources", list(eval_data))]
+        result = evaluate_model(load_config([*given, *map(parse_override, overrides)]), Path.cwd())
+        if as_json:
+            print(json.dumps(result), file=stdout)
+        else:
+            from tsp.report import print_evaluation
+
+            print_evaluation(result, stdout)
+
+
+@main.command()
+@click.option("--port", type=int, default=5000, show_default=True, help="Of the web UI, on this machine only.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def ui(port: int, debug: bool) -> None:
+    """Open MLflow's web UI on the store in this folder."""
+    with exit_codes(debug=debug):
+        from tsp.tracking.ui import serve_ui
+
+        sys.exit(serve_ui(Path.cwd(), port))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def doctor(as_json: bool) -> None:
+    """Check this machine: Python, compiler, packages, GPUs, tracking store; and say what to do."""
+    with exit_codes(), _stdout_kept_clean() as stdout:
+        from tsp.doctor import examine
+        from tsp.report import print_checks
+
+        checks = examine(Path.cwd())
+        if as_json:
+            print(json.dumps(checks), file=stdout)
+        else:
+            print_checks(checks, stdout)
+    sys.exit(0 if all(check["ok"] for check in checks) else 1)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def sync(as_json: bool) -> None:
+    """Deliver to MLflow what earlier jobs could not."""
+    with exit_codes(), _stdout_kept_clean() as stdout:
+        from tsp.tracking.spool import sync as deliver
+
+        delivered = [entry._asdict() for entry in deliver(Path.cwd())]
+        if as_json:
+            print(json.dumps(delivered), file=stdout)
+        else:
+            for entry in delivered or [{"nothing": "left to deliver"}]:
+                print(" ".join(f"{key} {value}" for key, value in entry.items()), file=stdout)
+
+
+@main.group()
+def demo() -> None:
+    """The embedded demo model."""
+
+
+@demo.command("train")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Folder to write, or to go on with.")
+@click.option("--tokens", type=int, help="To train on [those of the shipped model].")
+@click.option("--tiny", is_flag=True, help="A few steps of a tiny model, to see the script work.")
+@click.option("--compile", is_flag=True, help="Fuse operations; pays in a long training.")
+def demo_train(output: Path, tokens: int | None, tiny: bool, compile: bool) -> None:
+    """Train the demo checkpoint from scratch on the standard library's sources."""
+    with exit_codes():
+        from tsp.demo.train import TINY, DemoRecipe, train_demo
+
+        recipe = TINY if tiny else DemoRecipe(**({"total_tokens": tokens} if tokens else {}))
+        print(json.dumps(train_demo(recipe, output, compile=compile), indent=1))
+
+
+def _prune(options: dict[str, Any], world_size: int) -> None:
+    config = config_from_options(options)
+    from tsp.pipeline import prepare, prune
+    from tsp.report import print_plan, print_result
+
+    job = prepare(config, sharding_path(options), options["output"], root=Path.cwd(), world_size=world_size)
+    first = os.environ.get("RANK", "0") == "0"
+    if options["dry_run"]:
+        if first:
+            print_plan(job)
+        return
+    result = prune(job, Path.cwd())
+    if first:
+        print_result(result)
+
+
+def _again(context: click.Context) -> list[str]:
+    """The job options of this call, as the launcher takes them."""
+    names = {parameter.name for parameter in launched_prune.params}
+    words: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name not in names or not is_given(value):
+            continue
+        flag = parameter.opts[0]
+        values = value if isinstance(value, tuple) else (value,)
+        words += [flag] if value is True else [word for item in values for word in (flag, str(item))]
+    return words
+
+
+@contextlib.contextmanager
+def _stdout_kept_clean() -> Iterator[Any]:
+    """Libraries that print to stdout print to stderr for the length of a block; yields the real stdout."""
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield stdout
+    stdout.flush()

@@ -1,0 +1,133 @@
+"""Find and probe the layer stack of any decoder-only model, by structure and without a table of families.
+
+There is exactly one `ModuleList` with as many members as the config has layers, and each member takes the hidden state
+first and returns it first (method.md, section 4). What does not fit is refused with the reason. `find_decoder` works on
+fake tensors too, so a model of any size is checked before its weights are read.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsp.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model and its layer stack."""
+
+    model: nn.Module
+    path: str
+    """Dotted name of the stack, e.g. `model.layers`."""
+    num_outputs: int | None
+    """Length of the tuple a layer returns; None: it returns the hidden state alone."""
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        stack = self.model.get_submodule(self.path)
+        assert isinstance(stack, nn.ModuleList)
+        return stack
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def bypass(self, indices: Collection[int]) -> None:
+        """Let exactly these layers hand their input on, without computing (or gathering) anything."""
+        for index, layer in enumerate(self.layers):
+            if index in indices:
+                layer.forward = self._hand_on
+            elif "forward" in vars(layer):
+                del layer.forward
+
+    @property
+    def bypassed(self) -> frozenset[int]:
+        """The layers that are bypassed now."""
+        return frozenset(index for index, layer in enumerate(self.layers) if "forward" in vars(layer))
+
+    @contextmanager
+    def bypassing(self, indices: Collection[int]) -> Iterator[None]:
+        """`bypass` for the length of a block."""
+        before = self.bypassed
+        self.bypass(indices)
+        try:
+            yield
+        finally:
+            self.bypass(before)
+
+    def _hand_on(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+        hidden = hidden_in(args, kwargs)
+        return hidden if self.num_outputs is None else (hidden, *[None] * (self.num_outputs - 1))
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Find the stack and prove with a tiny forward that each layer is called once, in order, as we expect.
+
+    Args:
+        model: a causal language model of transformers, on any device, fake, whole or in ZeRO-3 shards.
+
+    Raises:
+        ModelError: no stack, several, or one that behaves otherwise.
+    """
+    config: Any = model.config
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    stacks = [name for name, module in model.named_modules() if _is_stack(module, num_layers)]
+    if len(stacks) != 1:
+        found = ", ".join(stacks) or "none"
+        raise ModelError(f"the model must have exactly one list of {num_layers} layers, found: {found}")
+    layers = model.get_submodule(stacks[0])
+    assert isinstance(layers, nn.ModuleList)
+    return Decoder(model, stacks[0], _probe(model, layers))
+
+
+def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state `[B, T, D]` that a layer was called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def hidden_out(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """The hidden state `[B, T, D]` that a layer returned."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden(output: Tensor | tuple[Any, ...], hidden: Tensor) -> Tensor | tuple[Any, ...]:
+    """The same output with another hidden state."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _is_stack(module: nn.Module, num_layers: int) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == num_layers
+
+
+def _probe(model: nn.Module, layers: nn.ModuleList) -> int | None:
+    calls: list[tuple[int, Any]] = []
+    hooks = []
+    for index, layer in enumerate(layers):
+
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
+            takes_hidden = bool(args) or "hidden_states" in kwargs
+            returned = hidden_out(output)
+            fits = takes_hidden and isinstance(returned, Tensor) and returned.shape == hidden_in(args, kwargs).shape
+            calls.append((index, len(output) if isinstance(output, tuple) else None) if fits else (index, "misfit"))
+
+        hooks.append(layer.register_forward_hook(note, with_kwargs=True))
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    if [index for index, _ in calls] != list(range(len(layers))):
+        raise ModelError(f"the layers must each be called once, in order; got the calls {[i for i, _ in calls]}")
+    kinds = {kind for _, kind in calls}
+    if "misfit" in kinds or len(kinds) != 1:
+        raise ModelError("each layer must take the hidden state first and return one of the same shape first")
+    return kinds.pop()

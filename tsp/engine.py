@@ -1,0 +1,272 @@
+"""The only module that knows DeepSpeed: processes, sharding, forward, backward, step.
+
+    engine = Engine.start(config, sharding)
+    with engine.loading():                      # from_pretrained reads straight into ZeRO-3 shards
+        model = ...
+    with engine.mounted(model) as frozen:       # no optimizer: forward, and backward through activations
+        frozen.backward(loss(frozen(tokens)))
+    with engine.mounted(model, AdamW(...)) as trained:
+        trained.backward(loss(trained(tokens))); trained.step(lr)
+
+A model without trainable parameters is mounted without an optimizer of DeepSpeed's: ZeRO-3 then shards and gathers the
+weights, also in the backward pass, and nothing more; lower stages have nothing to shard. Gates are not parameters (see
+`gates.py`); their gradient is averaged with `mean`. One rank and many take the same path.
+"""
+
+import copy
+import gc
+import logging
+import os
+import resource
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tsp.config import JobConfig, TrainConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """The optimizer of the trainable parameters."""
+
+    weight_decay: float = 0.0
+    clip: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class Engine:
+    """This process's part of the job. Make it with `Engine.start`."""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        sharding: dict[str, Any],
+        settings: TrainConfig,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.dtype = dtype
+        """Of the weights in memory."""
+        self.sharding = sharding
+        """The DeepSpeed config, without any `auto`."""
+        self._accumulation = settings.accumulation
+        self._activation_checkpointing = settings.activation_checkpointing
+
+    @classmethod
+    def start(cls, config: JobConfig, sharding: Mapping[str, Any]) -> "Engine":
+        """Join the other processes; on a CPU share the cores among them and be deterministic.
+
+        Args:
+            config: the job's.
+            sharding: what `sharding.resolve` made of the DeepSpeed JSON.
+        """
+        # deepspeed compiles at its first use, and torch looks for ninja on PATH only: there a virtual environment that
+        # is not activated does not have it.
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        import deepspeed
+        import transformers
+        from deepspeed.accelerator import get_accelerator
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        if "RANK" not in os.environ:
+            # No launcher: we are the only process, and need neither a port nor a network.
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        deepspeed.init_distributed(verbose=False)
+        accelerator = get_accelerator()
+        if accelerator.device_name() != "cpu":
+            accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device(accelerator.current_device_name())
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_node()))
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.manual_seed(config.seed)
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if rank or not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+        return cls(rank, world_size, device, weights_dtype(config, device), dict(sharding), config.train)
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0: it alone logs, writes and prints."""
+        return self.rank == 0
+
+    @property
+    def zero_stage(self) -> int:
+        return self.sharding["zero_optimization"]["stage"]
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Under ZeRO-3 `from_pretrained` puts each weight straight into shards, while this block lasts."""
+        if self.zero_stage < 3:
+            yield
+            return
+        from transformers.integrations import HfDeepSpeedConfig
+
+        alive = HfDeepSpeedConfig(copy.deepcopy(self.sharding))
+        try:
+            yield
+        finally:
+            del alive
+            gc.collect()
+
+    @contextmanager
+    def mounted(self, model: nn.Module, optimizer: AdamW | None = None) -> Iterator["Mounted"]:
+        """A model ready to run, in DeepSpeed's hands for the length of a block.
+
+        Args:
+            model: its parameters with `requires_grad` are trained.
+            optimizer: None: nothing is trained.
+        """
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert bool(trainable) == (optimizer is not None), "an optimizer and something to train, or neither"
+        self._set_checkpointing(model)
+        if self.zero_stage < 3 and optimizer is None:
+            yield Mounted(model.to(self.device), None, self._accumulation)
+            return
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=trainable or None,
+            config=self._deepspeed_config(optimizer),
+        )
+        try:
+            yield Mounted(model, engine if optimizer else None, self._accumulation)
+        finally:
+            engine.destroy()
+            gc.collect()
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[Tensor], *, modify: bool = False) -> Iterator[None]:
+        """The whole of some sharded parameters on every rank; with `modify`, rank 0's changes are kept by all."""
+        import deepspeed
+
+        sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+        context = (
+            deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None)
+            if sharded
+            else nullcontext()
+        )
+        with context:
+            yield
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all ranks, same shape; a new tensor."""
+        total = values.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total / self.world_size
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, same shape; a new tensor."""
+        return self.mean(values) * self.world_size
+
+    def every_rank(self, value: float) -> list[float]:
+        """One number of each rank, by rank."""
+        mine = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
+        mine[self.rank] = value
+        return self.sum(mine).tolist()
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's object, on every rank."""
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def weights_gib(self, model: nn.Module) -> list[float]:
+        """GiB of weights that each rank holds between two steps."""
+        return [round(gib, 6) for gib in self.every_rank(sum(_held_bytes(p) for p in model.parameters()) / GIB)]
+
+    def peak_memory_gib(self) -> list[float]:
+        """Each rank's peak: allocated on the GPU, or resident on a CPU."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated() / GIB
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        return [round(gib, 3) for gib in self.every_rank(peak)]
+
+    def stop(self) -> None:
+        """Leave the other processes."""
+        torch.distributed.destroy_process_group()
+
+    def _deepspeed_config(self, optimizer: AdamW | None) -> dict[str, Any]:
+        config = copy.deepcopy(self.sharding)
+        if optimizer is not None:
+            # The learning rate is set at each step.
+            parameters = {"lr": 0.0, "betas": list(optimizer.betas), "weight_decay": optimizer.weight_decay}
+            offloaded = "offload_optimizer" in config["zero_optimization"]
+            config["optimizer"] = {"type": "AdamW", "params": parameters | ({} if offloaded else {"torch_adam": True})}
+            config["gradient_clipping"] = optimizer.clip or 0.0
+        return config
+
+    def _set_checkpointing(self, model: nn.Module) -> None:
+        """transformers checkpoints activations in training mode only; `checkpoint.load` has set all dropout to 0."""
+        model.train(self._activation_checkpointing)
+        if self._activation_checkpointing:
+            enable: Any = model.gradient_checkpointing_enable
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+class Mounted:
+    """A model that can run; call it with tokens `[B, T]` int64 for logits `[B, T, V]`."""
+
+    def __init__(self, model: nn.Module, engine: Any, accumulation: int) -> None:
+        self.model = model
+        self._engine = engine
+        self._accumulation = accumulation
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        # Without an optimizer DeepSpeed's own forward forbids a backward; its ZeRO-3 hooks sit on the module.
+        runner = self._engine or self.model
+        return runner(input_ids=tokens_BT, use_cache=False).logits
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's mean loss; the gradients of a step's micro-batches are averaged."""
+        if self._engine is not None:
+            self._engine.backward(loss)
+        elif loss.requires_grad:
+            (loss / self._accumulation).backward()
+
+    def end_micro_batch(self) -> None:
+        """After each backward; at the last micro-batch of a step DeepSpeed's optimizer steps."""
+        if self._engine is not None:
+            self._engine.step()
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the step that follows."""
+        if self._engine is not None:
+            for group in self._engine.optimizer.param_groups:
+                group["lr"] = lr
+
+
+def _ranks_on_this_node() -> int:
+    """As DeepSpeed's launcher says it, or torchrun."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def weights_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the weights in memory that `model.dtype` means on this device."""
+    auto = "fp32" if device.type == "cpu" else "bf16"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[auto if config.model.dtype == "auto" else config.model.dtype]
+
+
+def _held_bytes(parameter: Tensor) -> int:
+    held = parameter.numel()
+    if hasattr(parameter, "ds_tensor"):
+        held = max(held, parameter.ds_tensor.numel())
+    return held * parameter.element_size()

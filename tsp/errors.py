@@ -1,0 +1,29 @@
+"""The errors a user may see. Anything else that is raised is our own mistake and keeps its traceback."""
+
+
+class TspError(Exception):
+    """Base of all errors with a message for the user: what is wrong, what was got, what is allowed, what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(TspError):
+    """An option, a config file or a DeepSpeed JSON that cannot be used as it is."""
+
+    exit_code = 2
+
+
+class ModelError(TspError):
+    """A model that is missing, damaged, or of a structure that cannot be pruned."""
+
+    exit_code = 2
+
+
+class DataError(TspError):
+    """A corpus that is missing, empty or too short."""
+
+    exit_code = 2
+
+
+class TrackingError(TspError):
+    """The tracking store or the registry cannot be used."""

@@ -1,0 +1,1 @@
+"""Measurements of a model in memory: dense, with layers bypassed, or pruned."""

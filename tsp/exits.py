@@ -1,0 +1,63 @@
+"""How a command ends: one `error:` line and the exit code of the contract, also when several ranks fail at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from tsp.errors import TspError
+
+# The launcher kills all ranks when one ends with an error. Rank 0 is to have the word before that.
+_SILENCE_S = 30.0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM; handled like Ctrl-C, with another exit code."""
+
+
+@contextmanager
+def exit_codes(*, debug: bool = False) -> Iterator[None]:
+    """Turn errors and signals of a block into exit codes; only rank 0 prints."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        code = 143 if isinstance(interrupt, Terminated) else 130
+        _end("interrupted", code, debug=False)
+    except TspError as error:
+        _end(" ".join(str(error).split()), error.exit_code, debug)
+    except Exception as error:  # the last line of defence: every failure ends in one line and a code
+        _end(f"{type(error).__name__}: {' '.join(str(error).split())}"[:400], 1, debug=True)
+
+
+def run_passing_signals(command: Sequence[str]) -> int:
+    """Run a command to its end, hand SIGTERM and SIGINT on to it, and return its exit code."""
+    child = subprocess.Popen(command)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda signum, frame: child.send_signal(signum))
+    code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _end(message: str, code: int, debug: bool) -> None:
+    if int(os.environ.get("RANK", "0")) > 0 and code < 128:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_SILENCE_S)
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        # In the middle of a step the other ranks' collectives would keep the interpreter from ending.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

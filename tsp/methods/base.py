@@ -1,0 +1,68 @@
+"""What a method is, and what it is given.
+
+A method has a verb `score(bench, num_drop)` that returns an order of the layers; selection only cuts, protects and
+swaps it. A transfer is a verb of its own, `transfer(bench, doomed)`, so that every selection can be combined with every
+transfer. Neither knows of ranks, DeepSpeed or MLflow.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tsp.config import JobConfig
+from tsp.decoder import Decoder
+from tsp.engine import Engine, Mounted
+from tsp.records import Scores
+from tsp.training import StepStats
+
+
+class Tracker(Protocol):
+    """The part of `tracking.Tracker` that methods use."""
+
+    def metrics(self, values: dict[str, float], step: int) -> None: ...
+
+
+@dataclass
+class Bench:
+    """Everything a method works with."""
+
+    config: JobConfig
+    engine: Engine
+    decoder: Decoder
+    blocks_NT: Tensor
+    """Calibration tokens, int64."""
+    tracker: Tracker
+    load_again: Callable[[], Decoder]
+    """A second, frozen copy of the dense model: the teacher where all weights are trained."""
+    model: Mounted | None = None
+    """The frozen model, mounted; while scoring."""
+    protected: Collection[int] = ()
+    gate_history: list[tuple[int, str, list[float]]] = field(default_factory=list)
+    """`(global step, stage, gates [L])` of every logged step, for the figures."""
+    global_step: int = 0
+    trained_tokens: int = 0
+
+    def log(self, stage: str, stats: StepStats, gates: list[float], more: Mapping[str, float] | None = None) -> None:
+        """Log one step of a stage under the metric names of the contract, and count it."""
+        if self.global_step % self.config.tracking.log_every == 0:
+            values = {f"{stage}/gate/layer_{index:03d}": gate for index, gate in enumerate(gates)}
+            values |= {f"{stage}/loss/{name}": loss for name, loss in stats.losses.items()}
+            values |= {"perf/step_s": stats.seconds, "perf/tokens_per_s": stats.tokens / stats.seconds}
+            self.tracker.metrics(values | dict(more or {}), self.global_step)
+            self.gate_history.append((self.global_step, stage, gates))
+        self.global_step += 1
+        self.trained_tokens += stats.tokens
+
+
+class Method(Protocol):
+    """A way to choose layers."""
+
+    def __call__(self, bench: Bench, num_drop: int) -> Scores: ...
+
+
+class Transfer(Protocol):
+    """A way to move what the doomed layers know into the others; leaves the model unmounted and frozen."""
+
+    def __call__(self, bench: Bench, doomed: Collection[int]) -> Any: ...

@@ -1,0 +1,128 @@
+"""Stage 1: learn one gate per layer under a penalty or a budget, with frozen weights, and order the layers by it.
+
+L1 = LM(W, X; gates) + lambda1 * sum_i |g_i| (paper, section 3.1). Three schedules: `greedy` (paper: learn, doom the
+smallest, bypass it, learn again), `one-shot` (the paper's ablation), and `budget` (ours: projected gradient descent on
+sum(g) = L - dropped so far, 0 <= g <= 1; no lambda1).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tsp.config import Stage1Config
+from tsp.gates import Gates
+from tsp.methods.base import Bench
+from tsp.penalties import lm_loss, project_capped_simplex, soft_threshold
+from tsp.progress import phase
+from tsp.records import Scores
+from tsp.selection import ascending
+from tsp.training import train
+
+
+def score(bench: Bench, num_drop: int) -> Scores:
+    """Order the layers by their learned gates."""
+    config = bench.config.stage1
+    gates = Gates(bench.decoder, config.placement)
+    gates.values.requires_grad_(True)
+    with gates.attached():
+        if config.schedule == "budget":
+            return _budget(bench, gates, num_drop)
+        return _penalised(bench, gates, num_drop, rounds=num_drop if config.schedule == "greedy" else 1)
+
+
+def _budget(bench: Bench, gates: Gates, num_drop: int) -> Scores:
+    """One projected gradient descent: the budget shrinks from L to L - num_drop, then the gates are driven to 0 or 1.
+
+    On the budget alone the optimum is often a common damping of all layers, which chooses nothing. Descent on
+    g * (1 - g), growing once the budget is reached, turns it into a choice.
+    """
+    config = bench.config.stage1
+    free = torch.tensor([index for index in range(len(gates.values)) if index not in bench.protected])
+    velocity = torch.zeros(len(gates.values), device=gates.values.device)
+
+    def update(step: int) -> None:
+        gradient = _averaged_gradient(bench, gates)
+        velocity.mul_(config.momentum).add_(gradient)
+        progress = (step + 1) / config.steps
+        shrunk = min(1.0, progress / config.shrink_share)
+        sharpened = max(0.0, progress - config.shrink_share) / max(1 - config.shrink_share, 1e-12) * config.sharpen
+        with torch.no_grad():
+            # One step size for all gates; its scale does not depend on the model's loss.
+            direction = velocity[free] / velocity[free].abs().mean().clamp(min=1e-12)
+            direction += sharpened * (1 - 2 * gates.values[free])
+            budget = len(free) - shrunk * num_drop
+            gates.values[free] = project_capped_simplex(gates.values[free] - config.lr * direction, budget)
+
+    _run(bench, gates, config.steps, update, penalty=False, name="stage 1")
+    values = gates.values.detach().tolist()
+    return Scores(method=f"gates-{config.schedule}", values=tuple(values), order=tuple(ascending(values)))
+
+
+def _penalised(bench: Bench, gates: Gates, num_drop: int, rounds: int) -> Scores:
+    """Adam under the l1 penalty; after each round but a one-shot's, the smallest |g| is doomed and bypassed."""
+    config = bench.config.stage1
+    optimizer = torch.optim.Adam([gates.values], lr=config.lr)
+
+    def update(step: int) -> None:
+        gates.values.grad = _averaged_gradient(bench, gates)
+        optimizer.step()
+        if config.l1 == "proximal":
+            with torch.no_grad():
+                gates.values.copy_(soft_threshold(gates.values, _threshold(optimizer, gates.values, config)))
+        optimizer.zero_grad()
+
+    doomed: list[int] = []
+    sizes = gates.values.detach().abs()
+    for round_number in range(rounds):
+        name = f"stage 1, layer {round_number + 1} of {rounds}" if rounds > 1 else "stage 1"
+        _run(bench, gates, config.steps, update, penalty=config.l1 == "subgradient", name=name)
+        alive = [index for index in range(len(gates.values)) if index not in doomed]
+        sizes[alive] = gates.values.detach().abs()[alive]
+        if config.schedule == "greedy":
+            doomed.append(next(i for i in ascending(sizes.tolist()) if i in alive and i not in bench.protected))
+            bench.decoder.bypass(doomed)
+    bench.decoder.bypass(())
+    rest = [index for index in ascending(sizes.tolist()) if index not in doomed]
+    return Scores(method=f"gates-{config.schedule}", values=tuple(sizes.tolist()), order=(*doomed, *rest))
+
+
+def _run(bench: Bench, gates: Gates, steps: int, update: Callable[[int], None], *, penalty: bool, name: str) -> None:
+    config, engine = bench.config, bench.engine
+    assert bench.model is not None
+    model = bench.model
+
+    def loss(tokens_BT: Tensor) -> dict[str, Tensor]:
+        lm = lm_loss(model(tokens_BT), tokens_BT)
+        alive = [index for index in range(len(gates.values)) if index not in bench.decoder.bypassed]
+        l1 = config.stage1.lambda1 * gates.values[alive].abs().sum()
+        # A proximal step has the penalty in its update, and a budget has none.
+        return {"total": lm + l1 if penalty else lm, "lm": lm, "penalty": l1}
+
+    stats = train(
+        engine,
+        model,
+        bench.blocks_NT,
+        config.train,
+        num_steps=steps,
+        seed=config.seed,
+        loss=loss,
+        after_step=update,
+    )
+    for step in phase(stats, name, steps, show=engine.is_first):
+        bench.log("stage1", step, gates.readable())
+
+
+def _averaged_gradient(bench: Bench, gates: Gates) -> Tensor:
+    """`[L]` fp32; the gradient is taken away from the gates."""
+    assert gates.values.grad is not None, "no gradient reached the gates"
+    gradient = bench.engine.mean(gates.values.grad)
+    gates.values.grad = None
+    return gradient
+
+
+def _threshold(optimizer: torch.optim.Adam, values_L: Tensor, config: Stage1Config) -> Tensor:
+    """lr * lambda1 over Adam's own preconditioner, so that the step solves the paper's constrained form (method.md)."""
+    state, beta2 = optimizer.state[values_L], optimizer.defaults["betas"][1]
+    second = state["exp_avg_sq"] / (1 - beta2 ** state["step"].item())
+    return config.lr * config.lambda1 / (second.sqrt() + optimizer.defaults["eps"])

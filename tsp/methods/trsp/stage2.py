@@ -1,0 +1,161 @@
+"""Stage 2: regularise the gap of the doomed layers, so that the others take over what they know; then they can go.
+
+L2 = task + lambda2 * sum_{i in doomed} ||gap_i|| (paper, section 3.2), with task = lm * cross-entropy + distill *
+KL(dense || pruned). Gates of the doomed layers `hold` at 1 (paper), `anneal` to 0, or are `off` from the first step;
+the others' gates are 1 throughout.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tsp.adapters import adapters_off, add_adapters, merge_adapters
+from tsp.checkpoint import round_weights
+from tsp.config import Stage2Config
+from tsp.engine import AdamW, Mounted
+from tsp.gates import Gates
+from tsp.methods.base import Bench
+from tsp.penalties import distillation_loss, gap_norm, lm_loss
+from tsp.progress import phase
+from tsp.training import train
+
+# Takes tokens [B, T], returns the dense model's logits [B, T, V], without gradient.
+Teacher = Callable[[Tensor], Tensor]
+
+
+def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) -> None:
+    """Train what `stage2.trainable` says; afterwards the weights hold it, in values that `save_dtype` can represent.
+
+    Args:
+        bench: the frozen, unmounted model and what goes with it.
+        doomed: layers that will be dropped.
+        save_dtype: of the checkpoint to come.
+    """
+    config, engine, decoder = bench.config.stage2, bench.engine, bench.decoder
+    if config.steps == 0:
+        return
+    _make_trainable(bench, doomed)
+    gates = Gates(decoder, gated=doomed, recorded=doomed)
+    optimizer = AdamW(weight_decay=config.weight_decay, clip=config.clip) if config.trainable != "none" else None
+    try:
+        with (
+            engine.mounted(decoder.model, optimizer) as model,
+            _teacher(bench, model, gates) as teacher,
+            gates.attached(),
+        ):
+            _run(bench, model, teacher, gates, doomed)
+    finally:
+        decoder.bypass(())
+    if config.trainable == "lora":
+        changed = merge_adapters(decoder.model, engine.gathered)
+    else:
+        changed = [parameter for parameter in decoder.model.parameters() if parameter.requires_grad]
+    round_weights(changed, save_dtype, engine.gathered)
+    decoder.model.requires_grad_(False)
+
+
+def learning_rate(step: int, config: Stage2Config) -> float:
+    """Linear warm-up, then a half cosine from the peak to a tenth of it."""
+    warmup = config.warmup_share * config.steps
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(config.steps - warmup, 1)
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def gate_value(step: int, config: Stage2Config) -> float:
+    """What the doomed layers' gates are at a step."""
+    if config.gates == "anneal":
+        return max(0.0, 1.0 - step / (config.anneal_share * config.steps))
+    return {"hold": 1.0, "off": 0.0}[config.gates]
+
+
+def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: Collection[int]) -> None:
+    config, engine, decoder = bench.config.stage2, bench.engine, bench.decoder
+    doomed = sorted(doomed)
+    gap_sizes = torch.zeros(decoder.num_layers, device=engine.device)
+    own_gates = torch.optim.Adam([gates.values], lr=config.lr) if config.trainable == "none" else None
+    if own_gates:
+        gates.values.requires_grad_(True)
+
+    def before_step(step: int) -> None:
+        model.set_lr(learning_rate(step, config))
+        gap_sizes.zero_()
+        if own_gates is None:
+            gates.values[doomed] = gate_value(step, config)
+            # A closed layer is not computed, and under ZeRO-3 not gathered either.
+            decoder.bypass(doomed if gate_value(step, config) == 0 else ())
+
+    def after_step(step: int) -> None:
+        if own_gates is not None and gates.values.grad is not None:
+            gates.values.grad = engine.mean(gates.values.grad)
+            own_gates.step()
+            own_gates.zero_grad()
+
+    def loss(tokens_BT: Tensor) -> dict[str, Tensor]:
+        dense_BTV = teacher(tokens_BT) if config.task.distill else None
+        gates.gaps.clear()
+        logits_BTV = model(tokens_BT)
+        gaps = {index: gap_norm(gap, config.gap_norm, config.gap_reduction) for index, gap in gates.gaps.items()}
+        for index, size in gaps.items():
+            gap_sizes[index] += size.detach() / bench.config.train.accumulation
+        parts = {"gap": sum(gaps.values(), start=logits_BTV.new_zeros((), dtype=torch.float32)) * config.lambda2}
+        if config.task.lm or dense_BTV is None:
+            parts["lm"] = lm_loss(logits_BTV, tokens_BT)
+        if dense_BTV is not None:
+            parts["distill"] = distillation_loss(logits_BTV, dense_BTV, config.temperature)
+        total = config.task.lm * parts.get("lm", 0.0) + config.task.distill * parts.get("distill", 0.0) + parts["gap"]
+        return {"total": total, **parts}
+
+    stats = train(
+        engine,
+        model,
+        bench.blocks_NT,
+        bench.config.train,
+        num_steps=config.steps,
+        seed=bench.config.seed + 1,
+        loss=loss,
+        before_step=before_step,
+        after_step=after_step,
+    )
+    for step in phase(stats, "stage 2", config.steps, show=engine.is_first):
+        gaps = dict(enumerate(engine.mean(gap_sizes).tolist()))
+        bench.log("stage2", step, gates.readable(), {f"stage2/gap/layer_{index:03d}": gaps[index] for index in gaps})
+
+
+def _make_trainable(bench: Bench, doomed: Collection[int]) -> None:
+    config, decoder = bench.config.stage2, bench.decoder
+    # A layer that is closed from the first step would never get a gradient.
+    closed = doomed if config.gates == "off" else ()
+    learning = [index for index in range(decoder.num_layers) if index not in closed]
+    if config.trainable == "lora":
+        add_adapters(decoder, learning, config.lora, bench.engine.dtype)
+    elif config.trainable == "full":
+        decoder.model.requires_grad_(True)
+        for index in closed:
+            decoder.layers[index].requires_grad_(False)
+
+
+@contextmanager
+def _teacher(bench: Bench, student: Mounted, gates: Gates) -> Iterator[Teacher]:
+    """The dense model: the student's own frozen weights where only adapters or gates train, else a second copy."""
+    config, decoder = bench.config.stage2, bench.decoder
+    if config.trainable == "full" and config.task.distill:
+        dense = bench.load_again().model
+        with bench.engine.mounted(dense) as copy:
+            yield lambda tokens_BT: _without_gradient(copy, tokens_BT)
+        return
+
+    def adapters_off_forward(tokens_BT: Tensor) -> Tensor:
+        with gates.opened(), decoder.bypassing(()), adapters_off(decoder.model):
+            return _without_gradient(student, tokens_BT)
+
+    yield adapters_off_forward
+
+
+def _without_gradient(model: Mounted, tokens_BT: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(tokens_BT)

@@ -1,0 +1,143 @@
+"""The options of a pruning job, shared by `launchers/prune.py` and `tsp prune`, and the config they make."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tsp.errors import ConfigError
+from tsp.exits import exit_codes
+from tsp.paths import shipped
+
+if TYPE_CHECKING:
+    from tsp.config import JobConfig
+
+# Options that are a config field under another name.
+_FIELDS = {
+    "model": "model.path",
+    "trust_remote_code": "model.trust_remote_code",
+    "data": "data.source",
+    "eval_data": "eval.sources",
+    "method": "prune.method",
+    "ratio": "prune.ratio",
+    "num_drop": "prune.num_drop",
+    "drop": "prune.drop",
+    "experiment": "tracking.experiment",
+    "run_name": "tracking.run_name",
+    "register": "tracking.register_as",
+    "seed": "seed",
+}
+
+_OPTIONS = [
+    click.option("--ds", type=click.Path(path_type=Path), help="DeepSpeed JSON that says how to shard [zero3]."),
+    click.option("--model", help="Hub id, folder or models:/name@alias [embedded demo model]."),
+    click.option("--data", help="Calibration text: hub id, .txt/.jsonl/.parquet file, folder, or stdlib [stdlib]."),
+    click.option("--eval-data", multiple=True, help="Corpus to measure on; repeatable [10 % held out of --data]."),
+    click.option("--method", help="tsp (default), or trsp, the paper's settings."),
+    click.option("--ratio", type=float, help="Share of the layers to drop [0.25]."),
+    click.option("--num-drop", type=int, help="Number of layers to drop."),
+    click.option("--drop", metavar="3,7,9", help="Drop exactly these 0-based layers."),
+    click.option("--config", type=click.Path(path_type=Path), help="YAML that states what differs from the defaults."),
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Dotted config key; repeatable."),
+    click.option("--experiment", help="MLflow experiment [tsp]."),
+    click.option("--run-name", help="Name of the MLflow run."),
+    click.option("--register", metavar="NAME", help="Name in the model registry [<model>-pruned]."),
+    click.option("--no-register", is_flag=True, help="Do not register the pruned model."),
+    click.option("--output", type=click.Path(path_type=Path), help="New folder [mlruns/output/<run id>]."),
+    click.option("--seed", type=int, help="Of the order of sequences and of start values [0]."),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
+    click.option("--dry-run", is_flag=True, help="Print the resolved config and the plan, and exit."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+]
+
+
+class _EndsLikeUs:
+    """Of a click command: what click itself complains about ends in our one `error:` line, too."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with exit_codes():
+            try:
+                return super().main(*args, **{**kwargs, "standalone_mode": False})  # type: ignore[misc]
+            except click.exceptions.NoArgsIsHelpError as request:
+                click.echo(request.format_message(), err=True)
+                sys.exit(2)
+            except click.UsageError as error:
+                hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+                raise ConfigError(f"{error.format_message().rstrip('.')}{hint}") from None
+
+
+class Command(_EndsLikeUs, click.Command):
+    pass
+
+
+class Group(_EndsLikeUs, click.Group):
+    pass
+
+
+def is_given(value: Any) -> bool:
+    """Whether an option was on the command line; 0 and an empty word are values."""
+    return value is not None and value is not False and value != ()
+
+
+def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a job to a click command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def config_from_options(options: Mapping[str, Any]) -> "JobConfig":
+    """Merge defaults, demo, preset, `--config`, options and `--set`.
+
+    Raises:
+        ConfigError: unknown keys, values out of range, options that exclude each other.
+    """
+    # pydantic would take half of the time in which `tsp --help` answers.
+    from tsp.config import load_config, nest, parse_override
+    from tsp.yaml12 import read_yaml
+
+    _refuse_contradictions(options)
+    experiment_file = read_yaml(options["config"]) if options["config"] else {}
+    given: list[Mapping[str, Any]] = [
+        nest(field, list(options[option]) if option == "eval_data" else options[option])
+        for option, field in _FIELDS.items()
+        if is_given(options[option]) and option != "drop"
+    ]
+    if options["drop"] is not None:
+        given.append(nest("prune.drop", _indices(options["drop"])))
+    if options["no_register"]:
+        given.append(nest("tracking.register_model", False))
+    given += [parse_override(text) for text in options["overrides"]]
+    stated = load_config([experiment_file, *given])
+    layers = [_method_preset(stated.prune.method), experiment_file, *given]
+    if stated.model.path is None:
+        layers.insert(0, read_yaml(Path(__file__).parent / "demo" / "prune.yaml"))
+    return load_config(layers)
+
+
+def sharding_path(options: Mapping[str, Any]) -> Path:
+    """The DeepSpeed JSON that is asked for; without one, ZeRO-3."""
+    return options["ds"] or shipped("ds_configs/zero3.json")
+
+
+def _method_preset(method: str) -> dict[str, Any]:
+    from tsp.methods import preset
+
+    return preset(method)
+
+
+def _refuse_contradictions(options: Mapping[str, Any]) -> None:
+    amounts = [f"--{name.replace('_', '-')}" for name in ("ratio", "num_drop", "drop") if options[name] is not None]
+    if len(amounts) > 1:
+        raise ConfigError(f"give one of --ratio, --num-drop and --drop, got {' and '.join(amounts)}")
+    if options["register"] and options["no_register"]:
+        raise ConfigError("give one of --register and --no-register, got both")
+
+
+def _indices(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--drop must be layer numbers joined by commas, like 3,7,9, got {text!r}") from None

@@ -1,0 +1,223 @@
+"""What a job tells: its run in MLflow, `result.json`, figures, and the registered version."""
+
+import hashlib
+import importlib.metadata
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from tsp import __version__
+from tsp.config import flatten
+from tsp.engine import Engine
+from tsp.records import DropReport, Evaluation, Scores, Selection, write_json
+from tsp.tracking.registry import register_checkpoint
+from tsp.tracking.run import Tracker, start_run
+
+if TYPE_CHECKING:
+    from tsp.pipeline import Job
+
+RESULT_SCHEMA = 1
+_VERSIONED = ("torch", "deepspeed", "transformers", "mlflow")
+_HEATMAPS = 12
+"""Pictures of the gate heatmap's step slider."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the steps of a job gave."""
+
+    scores: Scores
+    selection: Selection
+    states: dict[str, Evaluation]
+    """`dense`, `bare_drop`, `pruned`."""
+    drop: DropReport
+    peak_memory_gib: list[float]
+    weights_gib: list[float]
+    trained_tokens: int
+    gate_history: list[tuple[int, str, list[float]]]
+
+
+def open_run(job: "Job", engine: Engine, root: Path) -> Tracker:
+    """Start the run and log everything that is known before the first step."""
+    config, source = job.config, job.source
+    resolved = config.model_dump(mode="json")
+    resolved_yaml = yaml.safe_dump(resolved, sort_keys=False)
+    versions = {package: importlib.metadata.version(package) for package in _VERSIONED}
+    name = f"{config.prune.method}-{Path(source.name).name}-{job.plan.num_drop}of{job.plan.num_layers}"
+    tracker = start_run(
+        root,
+        experiment=config.tracking.experiment,
+        run_name=config.tracking.run_name or name,
+        tags={
+            "method": config.prune.method,
+            "transfer": config.transfer,
+            "base_model": source.name,
+            "base_revision": source.revision or "",
+            "world_size": str(engine.world_size),
+            "zero_stage": str(engine.zero_stage),
+            "config_hash": hashlib.sha256(resolved_yaml.encode()).hexdigest()[:16],
+            "tsp_version": __version__,
+            **{f"version.{package}": version for package, version in versions.items()},
+        },
+        params=flatten(resolved),
+    )
+    tracker.text(resolved_yaml, "config.yaml")
+    tracker.text(json.dumps(job.sharding, indent=2), "deepspeed.json")
+    tracker.text(job.command + "\n", "command.txt")
+    tracker.dataset(job.calibration.name, job.calibration.fingerprint, job.calibration.source, "calibration")
+    for corpus in job.evals:
+        tracker.dataset(corpus.name, corpus.fingerprint, corpus.source, "evaluation")
+    return tracker
+
+
+def publish(
+    job: "Job", outcome: Outcome, tracker: Tracker, output: Path, seconds: dict[str, float], started: float
+) -> dict[str, Any]:
+    """Log the outcome, register the checkpoint, write `result.json`; rank 0 only.
+
+    Returns:
+        The content of `result.json`.
+    """
+    for name, record in {"scores": outcome.scores, "selection": outcome.selection, "drop": outcome.drop}.items():
+        write_json(record, output / f"{name}.json")
+        tracker.artifact(output / f"{name}.json")
+    for state, evaluation in outcome.states.items():
+        write_json(evaluation, output / f"evaluation_{state}.json")
+        tracker.artifact(output / f"evaluation_{state}.json")
+    result = _result(job, outcome, tracker, seconds)
+    tracker.metrics(_metrics(result, outcome), step=_last_step(outcome))
+    tracker.tags({"dropped": ",".join(map(str, result["dropped"])), "round_trip": "ok"})
+    _log_figures(tracker, outcome, output, job.source.name)
+    if job.config.tracking.register_model:
+        result["registered"] = _register(job, tracker, Path(outcome.drop.checkpoint), result)
+    result["seconds"]["total"] = round(time.perf_counter() - started, 2)
+    result["status"] = "FINISHED"
+    write_json(result, output / "result.json")
+    tracker.artifact(output / "result.json")
+    tracker.artifact(output / "job.log")
+    return result
+
+
+def _result(job: "Job", outcome: Outcome, tracker: Tracker, seconds: dict[str, float]) -> dict[str, Any]:
+    dropped = outcome.selection.doomed
+    parameters = job.source.num_parameters
+    corpora = [corpus.name for corpus in job.evals]
+    speed = {state: evaluation.prompt_tokens_per_s for state, evaluation in outcome.states.items()}
+    return {
+        "schema": RESULT_SCHEMA,
+        "run_id": tracker.run_id,
+        "experiment": tracker.experiment,
+        "status": "RUNNING",
+        "method": job.config.prune.method,
+        "transfer": job.config.transfer,
+        "model": job.source.name,
+        "num_layers": job.source.num_layers,
+        "dropped": list(dropped),
+        "scores": list(outcome.scores.values),
+        "perplexity": {
+            corpus: {state: evaluation.perplexity[corpus].ppl for state, evaluation in outcome.states.items()}
+            for corpus in corpora
+        },
+        "parameters": {
+            "dense": parameters,
+            "pruned": parameters - sum(job.source.layer_parameters[index] for index in dropped),
+        },
+        "speed": {"prompt_tokens_per_s": speed},
+        "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
+        "peak_memory_gib": outcome.peak_memory_gib,
+        "weights_gib": outcome.weights_gib,
+        "trained_tokens": outcome.trained_tokens,
+        "checkpoint": outcome.drop.checkpoint,
+        "registered": None,
+    }
+
+
+def _metrics(result: dict[str, Any], outcome: Outcome) -> dict[str, float]:
+    metrics = {
+        "prune/num_dropped": len(result["dropped"]),
+        "prune/parameters_ratio": result["parameters"]["pruned"] / result["parameters"]["dense"],
+        "prune/loss_dense": outcome.selection.loss_dense,
+        "prune/loss_bypassed": outcome.selection.loss_bypassed,
+        "prune/max_logit_difference": outcome.drop.max_logit_difference,
+        "perf/peak_memory_gib": max(result["peak_memory_gib"]),
+    }
+    ratios = {}
+    for corpus, ppl in result["perplexity"].items():
+        metrics |= {f"eval/{corpus}/ppl_{state}": value for state, value in ppl.items()}
+        ratios[corpus] = ppl["pruned"] / ppl["dense"]
+    metrics |= {f"ppl_ratio/{corpus}": ratio for corpus, ratio in ratios.items()}
+    metrics["ppl_ratio"] = max(ratios.values())
+    speed = result["speed"]["prompt_tokens_per_s"]
+    metrics |= {f"eval/prompt_tokens_per_s_{state}": value for state, value in speed.items() if value is not None}
+    metrics |= {f"perf/weights_gib_rank_{rank:03d}": gib for rank, gib in enumerate(result["weights_gib"])}
+    return metrics
+
+
+def _last_step(outcome: Outcome) -> int:
+    return outcome.gate_history[-1][0] + 1 if outcome.gate_history else 0
+
+
+def _log_figures(tracker: Tracker, outcome: Outcome, output: Path, name: str) -> None:
+    import numpy as np
+
+    from tsp.figures import gate_heatmap, gate_trajectories
+
+    history, doomed = outcome.gate_history, outcome.selection.doomed
+    if not history:
+        return
+    folder = output / "figures"
+    folder.mkdir(exist_ok=True)
+    steps = [step for step, _, _ in history]
+    gates_SL = np.array([values for _, _, values in history])
+    stride = max(1, len(history) // _HEATMAPS)
+    for end in sorted({*range(stride, len(history), stride), len(history)}):
+        picture = gate_heatmap(folder / "gate_heatmap.png", gates_SL[:end], steps=steps[:end], doomed=doomed)
+        tracker.image(picture, key="gates/heatmap", step=steps[end - 1])
+    boundary = next((step for step, stage, _ in history if stage == "stage2"), None)
+    trajectories = gate_trajectories(
+        folder / "gate_trajectories.png",
+        gates_SL,
+        steps=steps,
+        doomed=doomed,
+        stage_boundary=boundary,
+        title=f"{name}: gates of both stages, and the layers that went",
+    )
+    tracker.artifact(trajectories, folder="figures")
+
+
+def _register(job: "Job", tracker: Tracker, checkpoint: Path, result: dict[str, Any]) -> dict[str, Any]:
+    config, source = job.config, job.source
+    name = config.tracking.register_as or f"{Path(source.name).name}-pruned"
+    ppl = "; ".join(
+        f"{corpus} {values['dense']:.2f} -> {values['pruned']:.2f} (bare drop {values['bare_drop']:.2f})"
+        for corpus, values in result["perplexity"].items()
+    )
+    dropped = ",".join(map(str, result["dropped"]))
+    tags = {
+        "base_model": source.name,
+        "base_revision": source.revision or "",
+        "method": config.prune.method,
+        "transfer": config.transfer,
+        "dropped": dropped,
+        "run_id": tracker.run_id,
+        "calibration_fingerprint": job.calibration.fingerprint,
+        **{
+            f"ppl_{state}/{corpus}": f"{value:.4f}"
+            for corpus, row in result["perplexity"].items()
+            for state, value in row.items()
+        },
+    }
+    _, version = register_checkpoint(
+        tracker.uri,
+        checkpoint,
+        name,
+        run_id=tracker.run_id,
+        tags=tags,
+        description=f"{source.name} without layers {dropped} of {source.num_layers}. Perplexity: {ppl}.",
+        metadata={"base_model": source.name, "dropped": result["dropped"]},
+    )
+    return {"name": name, "version": version}

@@ -1,0 +1,75 @@
+"""What passes between the steps of a job: small frozen records, each saved as a JSON artifact."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a selection knows about the layers."""
+
+    method: str
+    values: tuple[float, ...]
+    """One per layer, lower = drop first."""
+    order: tuple[int, ...]
+    """Layer indices, the first to drop first; may end after the layers that were asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The doomed layers."""
+
+    doomed: tuple[int, ...]
+    """Sorted indices."""
+    loss_dense: float
+    """Mean cross-entropy on the calibration blocks, nats per token."""
+    loss_bypassed: float
+    """The same with the doomed layers bypassed."""
+    swapped: bool
+    """Whether the swap search changed the order's own choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropReport:
+    """What was removed and how the result was proved."""
+
+    dropped: tuple[int, ...]
+    num_layers: int
+    checkpoint: str
+    max_logit_difference: float
+    """Largest |reloaded - in memory| over a probe batch."""
+    cached_equals_uncached: bool
+    """Greedy generation with and without the key-value cache gives the same tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """Perplexity on one corpus by the field's protocol."""
+
+    ppl: float
+    num_windows: int
+    block_tokens: int
+    window_losses: tuple[float, ...] = field(repr=False, default=())
+    """Mean cross-entropy of each window, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One state of the model: dense, bare drop or pruned."""
+
+    perplexity: dict[str, Perplexity]
+    """By corpus, in the order of the command line."""
+    prompt_tokens_per_s: float | None
+    """Throughput of one sequence without cache; None: not measured."""
+
+
+def write_json(record: Any, path: Path) -> None:
+    """Write a record or a dict as JSON; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = record if isinstance(record, dict | list) else asdict(record)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

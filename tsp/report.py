@@ -1,0 +1,75 @@
+"""What a person sees: tables on stdout, and the commands to look further."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tsp.pipeline import Job
+
+
+def print_plan(job: "Job", stdout: TextIO | None = None) -> None:
+    """The resolved config and the plan, as YAML."""
+    from tsp.plan import as_dict
+
+    document = {
+        "plan": as_dict(job.plan),
+        "config": job.config.model_dump(mode="json"),
+        "deepspeed": json.loads(json.dumps(job.sharding)),
+    }
+    yaml.safe_dump(document, stdout or sys.stdout, sort_keys=False)
+
+
+def print_result(result: dict[str, Any], stdout: TextIO | None = None) -> None:
+    """Dense, bare drop and pruned side by side, and what to do next."""
+    console = Console(file=stdout or sys.stdout, highlight=False)
+    dropped = result["dropped"]
+    kept = result["num_layers"] - len(dropped)
+    table = Table(title=f"{result['model']} without layers {', '.join(map(str, dropped))}")
+    for heading in ("", "layers", "parameters", *(f"ppl {corpus}" for corpus in result["perplexity"]), "tokens/s"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for state, layers, parameters in (
+        ("dense", result["num_layers"], result["parameters"]["dense"]),
+        ("bare drop", kept, result["parameters"]["pruned"]),
+        ("pruned", kept, result["parameters"]["pruned"]),
+    ):
+        key = state.replace(" ", "_")
+        ppls = [f"{values[key]:.2f}" for values in result["perplexity"].values()]
+        speed = result["speed"]["prompt_tokens_per_s"][key]
+        table.add_row(state, str(layers), f"{parameters:,}", *ppls, f"{speed:,.0f}" if speed else "-")
+    console.print(table)
+    print_lines = [f"checkpoint  {result['checkpoint']}"]
+    if result["registered"]:
+        name, version = result["registered"]["name"], result["registered"]["version"]
+        print_lines += [
+            f"registered  models:/{name}/{version}",
+            f"load        mlflow.transformers.load_model('models:/{name}/{version}')",
+            f"promote     tsp promote {name} {version} --require 'ppl_ratio<=1.10'",
+        ]
+    print_lines.append(f"compare     tsp ui   (experiment {result['experiment']}, run {result['run_id']})")
+    for line in print_lines:
+        console.print(line, soft_wrap=True)
+
+
+def print_evaluation(result: dict[str, Any], stdout: TextIO) -> None:
+    """One line per corpus."""
+    table = Table(title=result["model"])
+    for heading in ("corpus", "perplexity", "windows", "tokens each"):
+        table.add_column(heading, justify="left" if heading == "corpus" else "right")
+    for corpus, row in result["perplexity"].items():
+        table.add_row(corpus, f"{row['ppl']:.4f}", str(row["num_windows"]), str(row["block_tokens"]))
+    Console(file=stdout).print(table)
+
+
+def print_checks(checks: list[dict[str, Any]], stdout: TextIO) -> None:
+    """One line per check of `tsp doctor`."""
+    table = Table()
+    for heading in ("check", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for check in checks:
+        table.add_row(check["name"], check["found"], "ok" if check["ok"] else check["advice"])
+    Console(file=stdout).print(table)

@@ -1,0 +1,69 @@
+"""From scores to doomed layers: cut, protect, swap. Pure Python; a loss is a function handed in."""
+
+from collections.abc import Callable, Collection, Sequence
+
+from tsp.errors import ConfigError
+
+
+def protected_layers(num_layers: int, first: int, last: int) -> frozenset[int]:
+    """The indices of the first and the last layers that are never dropped."""
+    return frozenset(range(min(first, num_layers))) | frozenset(range(max(num_layers - last, 0), num_layers))
+
+
+def cut(order: Sequence[int], num_drop: int, protected: Collection[int] = ()) -> tuple[int, ...]:
+    """Doom the first `num_drop` layers of an order that are not protected.
+
+    Args:
+        order: layer indices, the first to drop first.
+        num_drop: how many to doom.
+        protected: indices that stay.
+
+    Returns:
+        Sorted indices.
+
+    Raises:
+        ConfigError: fewer than `num_drop` layers may be dropped.
+    """
+    candidates = [index for index in order if index not in protected]
+    if len(candidates) < num_drop:
+        raise ConfigError(
+            f"prune.protect_first and prune.protect_last leave {len(candidates)} layers that may be dropped, "
+            f"{num_drop} are to go; protect fewer or drop fewer"
+        )
+    return tuple(sorted(candidates[:num_drop]))
+
+
+def ascending(scores: Sequence[float]) -> list[int]:
+    """Indices by score, lowest first; of equal scores the later layer goes first (early layers matter more)."""
+    return sorted(range(len(scores)), key=lambda index: (scores[index], -index))
+
+
+def swap_search(
+    doomed: Collection[int],
+    num_layers: int,
+    loss: Callable[[Sequence[int]], float],
+    *,
+    protected: Collection[int] = (),
+    max_rounds: int = 1,
+) -> tuple[tuple[int, ...], float]:
+    """Exchange one doomed for one kept layer, the best exchange a round, while the loss falls.
+
+    Args:
+        doomed: the selection to start from.
+        num_layers: L.
+        loss: the calibration loss with the given layers bypassed.
+        protected: layers that stay kept.
+        max_rounds: rounds at most; each costs `len(doomed) * kept` losses.
+
+    Returns:
+        The sorted selection and its loss.
+    """
+    best, best_loss = tuple(sorted(doomed)), loss(sorted(doomed))
+    for _ in range(max_rounds):
+        kept = [index for index in range(num_layers) if index not in best and index not in protected]
+        swaps = [tuple(sorted({*best, new} - {old})) for old in best for new in kept]
+        losses = [(loss(swap), swap) for swap in swaps]
+        if not losses or min(losses)[0] >= best_loss:
+            break
+        best_loss, best = min(losses)
+    return best, best_loss

@@ -1,0 +1,101 @@
+"""Read a DeepSpeed JSON, fill its `auto` values from the job's config, and refuse what contradicts it.
+
+The JSON says how to shard; batch, accumulation, clipping, dtype and optimizer have their master in the config. All
+contradictions are reported at once. No DeepSpeed is imported here.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsp.config import JobConfig, flatten, nest
+from tsp.errors import ConfigError
+
+_OWNED_ELSEWHERE = ("optimizer", "scheduler")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a DeepSpeed JSON.
+
+    Raises:
+        ConfigError: missing, no JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--ds {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"--ds {path}: no valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--ds {path}: must be an object, got {type(content).__name__}")
+    return content
+
+
+def resolve(
+    content: Mapping[str, Any], config: JobConfig, *, world_size: int, hidden_size: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The DeepSpeed config of this job, with every `auto` filled.
+
+    Args:
+        content: the JSON.
+        config: the job's.
+        world_size: ranks.
+        hidden_size: of the model; sizes the ZeRO-3 buckets that are `auto`.
+        dtype: of the weights in memory.
+
+    Raises:
+        ConfigError: batch not divisible, or the JSON contradicts the config; all contradictions in one message.
+    """
+    batch, accumulation = config.train.batch_size, config.train.accumulation
+    micro_batch, remainder = divmod(batch, world_size * accumulation)
+    if remainder or not micro_batch:
+        raise ConfigError(
+            f"train.batch_size must be a multiple of ranks x accumulation = {world_size} x {accumulation}, got {batch}"
+        )
+    ours: dict[str, Any] = {
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "bf16.enabled": dtype == torch.bfloat16,
+        "fp16.enabled": False,
+    }
+    # The sizes that transformers' Trainer gives these (transformers.integrations.deepspeed).
+    sizes = {
+        "zero_optimization.reduce_bucket_size": hidden_size**2,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+        "gradient_clipping": config.stage2.clip or 0.0,
+    }
+    theirs = flatten(content)
+    faults = [
+        f"{key} is {theirs[key]!r}, the job has {value!r}"
+        for key, value in ours.items()
+        if theirs.get(key, "auto") not in ("auto", value)
+    ]
+    if theirs.get("gradient_clipping", "auto") not in ("auto", sizes["gradient_clipping"]):
+        faults.append(f"gradient_clipping is {theirs['gradient_clipping']!r}, stage2.clip is {config.stage2.clip!r}")
+    faults += [f"{key} belongs in the config (stage2.*), remove it" for key in _OWNED_ELSEWHERE if key in content]
+    known = ours | sizes
+    faults += [f"{key} cannot be 'auto'" for key, value in theirs.items() if value == "auto" and key not in known]
+    sections = sorted({key.partition(".")[0] for key in known if "." in key})
+    faults += [f"{key} must be an object" for key in sections if not isinstance(content.get(key, {}), Mapping)]
+    if theirs.get("zero_optimization.stage") not in (0, 1, 2, 3):
+        faults.append("zero_optimization.stage must be 0, 1, 2 or 3")
+    if faults:
+        raise ConfigError(f"--ds: {'; '.join(faults)}")
+    filled = {key: known[key] if value == "auto" else value for key, value in theirs.items()}
+    resolved: dict[str, Any] = {}
+    for key, value in (filled | ours).items():
+        _put(resolved, nest(key, value))
+    return resolved
+
+
+def _put(tree: dict[str, Any], branch: Mapping[str, Any]) -> None:
+    for key, value in branch.items():
+        if isinstance(value, Mapping):
+            _put(tree.setdefault(key, {}), value)
+        else:
+            tree[key] = value

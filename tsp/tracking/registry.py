@@ -1,0 +1,274 @@
+"""The model registry: a Hugging Face checkpoint folder becomes a version of a registered model, and is found again.
+
+    name, version = register_checkpoint(tracker.uri, Path("out/model"), "demo-pruned", run_id=tracker.run_id, ...)
+    folder = checkpoint_path("models:/demo-pruned/1", Path.cwd())
+
+No weights are loaded, and none are copied where the artifact store is on the same disk: they are hard-linked. The
+version loads as a transformers pipeline and as a pyfunc. Promotion (aliases, gates, history) is not here.
+"""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsp.errors import ModelError, TrackingError
+from tsp.tracking.store import http_limits, mlruns_folder, open_store, resolve_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
+
+REQUIREMENTS = ("torch", "transformers", "mlflow", "accelerate")
+UPLOAD_TIMEOUT_S = 600
+UPLOAD_RETRIES = 3
+"""An upload is worth waiting for: a server may be silent for minutes while it passes a shard on to its bucket."""
+
+
+def register_checkpoint(
+    uri: str,
+    checkpoint: Path,
+    name: str,
+    *,
+    run_id: str,
+    tags: Mapping[str, str],
+    description: str,
+    metadata: dict[str, Any],
+) -> tuple[str, str]:
+    """Register a checkpoint folder as the model that a run has made. The same run again gives the version there is.
+
+    Args:
+        uri: tracking URI.
+        checkpoint: plain Hugging Face folder with config, safetensors and tokenizer.
+        name: registered model; created if it is new.
+        run_id: the run that made the checkpoint; it must exist in the store.
+        tags: tags of the version, its lineage.
+        description: text of the version, Markdown.
+        metadata: kept in the `MLmodel` file.
+
+    Returns:
+        Name and version.
+
+    Raises:
+        ModelError: the folder is no complete checkpoint.
+        TrackingError: the store refuses or does not answer.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    checkpoint = Path(checkpoint).resolve()
+    if not (checkpoint / "config.json").is_file():
+        raise ModelError(f"{checkpoint} holds no Hugging Face checkpoint: config.json is missing")
+    client = MlflowClient(uri)
+    try:
+        with _default_store(uri):
+            existing = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+            if existing:
+                return name, str(max(int(version.version) for version in existing))
+            logged = _log_model(client, checkpoint, name, run_id, metadata)
+            version = _create_version(client, logged, name, tags, description)
+    except MlflowException as error:
+        raise TrackingError(f"{checkpoint} cannot be registered as {name!r} at {uri}: {error}") from error
+    return name, str(version.version)
+
+
+def checkpoint_path(uri: str, root: Path) -> Path:
+    """Local folder of the Hugging Face checkpoint of a registered version.
+
+    Args:
+        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        root: working directory of the job. A version in a remote store is downloaded once, to `mlruns/cache` below it.
+
+    Raises:
+        ModelError: no such version, or it holds no Hugging Face checkpoint.
+        TrackingError: the store does not answer.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    match = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))", uri)
+    if match is None:
+        raise ModelError(f"a registered model is named models:/NAME@ALIAS or models:/NAME/VERSION, got {uri!r}")
+    store = resolve_uri(root)
+    open_store(store, root)
+    client = MlflowClient(store)
+    name = match["name"]
+    try:
+        with _default_store(store):
+            version = match["version"] or client.get_model_version_by_alias(name, match["alias"]).version
+            folder = _fetch(client, name, str(version), root)
+    except MlflowException as error:
+        raise ModelError(f"{uri} is not in the registry at {store}: {str(error).partition(chr(10))[0]}") from error
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{uri} holds no Hugging Face checkpoint: {folder / 'config.json'} is missing")
+    return folder
+
+
+@contextmanager
+def _default_store(uri: str) -> Iterator[None]:
+    """Make `uri` mlflow's default store inside the block, and be patient with it.
+
+    mlflow 3.17: the sqlite registry looks a logged model up in the default store, whatever store its client was made
+    for; and mlflow's own context manager forgets the user's MLFLOW_TRACKING_URI on leaving.
+    """
+    from mlflow.tracking._tracking_service.utils import _use_tracking_uri
+
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        with _use_tracking_uri(uri), http_limits(timeout_s=UPLOAD_TIMEOUT_S, retries=UPLOAD_RETRIES):
+            yield
+    finally:
+        if given is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = given
+
+
+def _log_model(
+    client: "MlflowClient", checkpoint: Path, name: str, run_id: str, metadata: dict[str, Any]
+) -> "LoggedModel":
+    """The checkpoint as a logged model of the run, complete or FAILED."""
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    experiment_id = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(experiment_id, name=name, source_run_id=run_id, model_type="causal-lm")
+    try:
+        location = logged.artifact_location
+        if is_local_uri(location):
+            _build(Path(local_file_uri_to_path(location)), checkpoint, name, logged, metadata)
+        else:
+            # Beside the checkpoint, so that the staging folder can be linked too.
+            with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".register-") as staging:
+                _build(Path(staging), checkpoint, name, logged, metadata)
+                client.log_model_artifacts(logged.model_id, staging)
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
+        return client.finalize_logged_model(logged.model_id, "READY")
+    except BaseException:
+        client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+
+
+def _build(out: Path, checkpoint: Path, name: str, logged: "LoggedModel", metadata: dict[str, Any]) -> None:
+    """Lay out an MLflow model folder: `model/`, `components/tokenizer/`, the environment, and last `MLmodel`."""
+    import mlflow.pyfunc
+    import transformers
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    (out / "model").mkdir(parents=True, exist_ok=True)
+    for path in checkpoint.iterdir():
+        if path.is_file():
+            _place(path, out / "model" / path.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.save_pretrained(out / "components" / "tokenizer")
+    _write_environment(out)
+    text = Schema([ColSpec("string")])
+    model = Model(
+        artifact_path=logged.artifact_location,
+        model_uuid=logged.model_id,
+        run_id=logged.source_run_id,
+        model_id=logged.model_id,
+        signature=ModelSignature(inputs=text, outputs=text),
+        metadata=metadata,
+        model_size_bytes=sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file()),
+    )
+    model.add_flavor(
+        "transformers",
+        transformers_version=transformers.__version__,
+        code=None,
+        task="text-generation",
+        instance_type="TextGenerationPipeline",
+        pipeline_model_type=json.loads((checkpoint / "config.json").read_text())["architectures"][0],
+        source_model_name=name,
+        model_binary="model",
+        components=["tokenizer"],
+        tokenizer_type=type(tokenizer).__name__,
+        torch_dtype=None,
+    )
+    mlflow.pyfunc.add_to_model(
+        model,
+        loader_module="mlflow.transformers",
+        conda_env="conda.yaml",
+        python_env="python_env.yaml",
+        model_config={"max_new_tokens": 64, "do_sample": False},
+    )
+    model.save(str(out / "MLmodel"))
+
+
+def _place(source: Path, target: Path) -> None:
+    """Hard-link weights, copy the rest: small files are the ones somebody edits in place."""
+    if source.suffix == ".safetensors":
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass  # Another file system, or one without links: copy.
+    shutil.copy2(source, target)
+
+
+def _write_environment(out: Path) -> None:
+    """requirements.txt, python_env.yaml and conda.yaml, pinned to what runs here."""
+    import yaml
+
+    # A local build tag ("2.13.0+cpu") is on no package index.
+    requirements = [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
+    python = ".".join(map(str, sys.version_info[:3]))
+    (out / "requirements.txt").write_text("\n".join(requirements) + "\n")
+    (out / "python_env.yaml").write_text(
+        yaml.safe_dump({"python": python, "build_dependencies": ["pip"], "dependencies": ["-r requirements.txt"]})
+    )
+    conda = {
+        "name": "mlflow-env",
+        "channels": ["conda-forge"],
+        "dependencies": [f"python={python}", "pip", {"pip": requirements}],
+    }
+    (out / "conda.yaml").write_text(yaml.safe_dump(conda))
+
+
+def _create_version(
+    client: "MlflowClient", logged: "LoggedModel", name: str, tags: Mapping[str, str], description: str
+) -> "ModelVersion":
+    """A new version of the registered model `name`."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return client.create_model_version(
+        name,
+        source=logged.model_uri,
+        run_id=logged.source_run_id,
+        tags={key: str(value) for key, value in tags.items()},
+        description=description,
+        model_id=logged.model_id,
+    )
+
+
+def _fetch(client: "MlflowClient", name: str, version: str, root: Path) -> Path:
+    """Local folder of the checkpoint of a version; downloaded, whole or not at all, if its store is remote."""
+    import mlflow.artifacts
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    location = client.get_model_version_download_uri(name, version)
+    if is_local_uri(location):
+        return Path(local_file_uri_to_path(location)) / "model"
+    cache = mlruns_folder(root) / "cache" / f"{name}-v{version}"
+    if not cache.is_dir():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".download-") as folder:
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{location.rstrip('/')}/model", dst_path=folder, tracking_uri=client.tracking_uri
+            )
+            os.replace(Path(folder) / "model", cache)
+    return cache

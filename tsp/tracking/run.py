@@ -1,0 +1,271 @@
+"""The tracker: the one object through which a job writes to its MLflow run.
+
+    tracker = start_run(Path.cwd(), experiment="demo", run_name=None, tags={"method": "tsp"}, params={"seed": 0})
+    tracker.metrics({"stage1/loss/total": 2.5}, step=7)
+    tracker.artifact(Path("out/result.json"))
+    tracker.finish("FINISHED")
+
+No verb waits for MLflow or raises because of it: each appends to the spool (`spool.py`). Only `start_run` talks to the
+store itself, and fails fast. Off rank 0, and with tracking turned off, the job holds a `NullTracker`. The job calls
+`finish` however it ends; if it cannot, the watcher (`watcher.py`) does it.
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsp.errors import TrackingError
+from tsp.tracking.null import NullTracker, Status
+from tsp.tracking.spool import Spool, now_ms
+from tsp.tracking.store import ensure_experiment, open_store, resolve_uri, spool_folder
+from tsp.tracking.system_metrics import SystemMetrics
+from tsp.tracking.watcher import Watcher
+
+if TYPE_CHECKING:
+    import numpy as np
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+__all__ = ["NullTracker", "Tracker", "start_run"]
+
+DEFAULT_EXPERIMENT = "tsp"
+FAILURE_TAG = "tsp.failure"
+DRAIN_S = 60.0
+"""How long `finish` waits for MLflow to take what is left in the spool."""
+
+KEY_LENGTH = 250
+PARAM_LENGTH = 6000
+TAG_LENGTH = 8000
+DIGEST_LENGTH = 36
+"""What MLflow cuts or refuses; it counts characters."""
+
+
+class Tracker:
+    """An open run. Made by `start_run`."""
+
+    def __init__(self, root: Path, uri: str, run: "Run", experiment: str, *, owns_run: bool) -> None:
+        """Attach to a run that exists.
+
+        Args:
+            root: working directory of the job.
+            uri: tracking URI.
+            run: the run, as MLflow has it.
+            experiment: name of its experiment.
+            owns_run: whether the status is ours to set.
+        """
+        self.run_id: str = run.info.run_id
+        self.run_name: str = run.info.run_name
+        self.experiment = experiment
+        self.experiment_id: str = run.info.experiment_id
+        self.uri = uri
+        self._owns_run = owns_run
+        self._open = True
+        self._spool = Spool(spool_folder(root), self.run_id, uri, owns_run=owns_run)
+        self._watcher = Watcher(self.run_id, spool_folder(root)) if owns_run else None
+        self._system_metrics = SystemMetrics(self.metrics, run.info.start_time)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers of one step. Keys are grouped in the charts by all that stands before the last slash."""
+        numbers = {_key(name): float(value) for name, value in values.items()}
+        self._spool.append({"kind": "metrics", "values": numbers, "step": int(step), "time_ms": now_ms()})
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log settings, flat. A param cannot be changed once it is logged; values are cut at 6,000 characters."""
+        self._spool.append({"kind": "params", "values": {_key(k): str(v)[:PARAM_LENGTH] for k, v in values.items()}})
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags; a tag that is set again changes its value."""
+        self._spool.append({"kind": "tags", "values": {_key(k): str(v)[:TAG_LENGTH] for k, v in values.items()}})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Log a file as it is now, under its own name, into a folder of the run's artifacts."""
+        copy = self._spool.place(Path(path).name)
+        shutil.copyfile(path, copy)
+        self._append_file("artifact", copy, folder=folder)
+
+    def text(self, content: str, name: str) -> None:
+        """Log text as a file, `name` with or without folders: `config/resolved.yaml`."""
+        folder, _, file_name = name.rpartition("/")
+        copy = self._spool.place(file_name)
+        copy.write_text(content, encoding="utf-8")
+        self._append_file("artifact", copy, folder=folder)
+
+    def image(self, image: "Path | np.ndarray", key: str, step: int) -> None:
+        """Log a picture of a series that MLflow shows with a step slider.
+
+        Args:
+            image: a file, or an array of shape [height, width, 3], uint8 or float in [0, 1].
+            key: name of the series.
+            step: position in the series.
+        """
+        copy = self._spool.place("image.png")
+        if isinstance(image, (str, Path)):
+            shutil.copyfile(image, copy)
+        else:
+            import PIL.Image
+
+            pixels_HWC = image if image.dtype == "uint8" else (image * 255).round().astype("uint8")
+            PIL.Image.fromarray(pixels_HWC).save(copy)
+        self._append_file("image", copy, key=_key(key).replace(":", "_"), step=int(step), time_ms=now_ms())
+
+    def dataset(self, name: str, digest: str, source: str, context: str) -> None:
+        """Log a corpus as an input of the run.
+
+        Args:
+            name: the corpus as it is called in the metrics.
+            digest: fingerprint; the first 36 characters are kept.
+            source: path, URL, hub id, or a word for something generated.
+            context: what it was used for: `calibration`, `evaluation`.
+        """
+        source_type, description = _describe_source(source)
+        self._spool.append(
+            {
+                "kind": "dataset",
+                "name": name,
+                "digest": digest[:DIGEST_LENGTH],
+                "source_type": source_type,
+                "source": json.dumps(description),
+                "context": context,
+            }
+        )
+
+    def finish(self, status: Status, reason: str | None = None) -> None:
+        """Deliver all, and set the final status, unless the run was given to us. Only the first call counts.
+
+        Args:
+            status: how the job ended.
+            reason: why it failed, kept as tag `tsp.failure`.
+        """
+        if not self._open:
+            return
+        self._open = False
+        self._system_metrics.stop()
+        if reason is not None:
+            self.tags({FAILURE_TAG: reason})
+        if self._owns_run:
+            self._spool.append({"kind": "status", "status": status, "time_ms": now_ms()})
+        self._spool.close(DRAIN_S)
+        if self._watcher is not None:
+            self._watcher.close()
+
+    def links(self, base_url: str | None = None) -> dict[str, str]:
+        """Where to look at the run in the web UI.
+
+        Args:
+            base_url: address of the UI; default: the tracking server, or port 5000 here for the embedded store.
+
+        Returns:
+            `run`, `metrics`, `artifacts`, `experiment`: addresses that open the model-training view, not the GenAI one.
+        """
+        base = (base_url or (self.uri if self.uri.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
+        experiment = f"{base}/#/experiments/{self.experiment_id}/runs"
+        view = "?workflowType=machine_learning"
+        return {
+            "run": f"{experiment}/{self.run_id}{view}",
+            "metrics": f"{experiment}/{self.run_id}/model-metrics{view}",
+            "artifacts": f"{experiment}/{self.run_id}/artifacts{view}",
+            "experiment": f"{experiment}{view}",
+        }
+
+    def _append_file(self, kind: str, copy: Path, **fields: Any) -> None:
+        self._spool.append({"kind": kind, "file": str(copy.relative_to(self._spool.files)), **fields})
+
+
+def start_run(
+    root: Path,
+    *,
+    experiment: str | None,
+    run_name: str | None,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any],
+    resume: str | None = None,
+) -> Tracker:
+    """Open the store and a run in it. Call it on rank 0 only.
+
+    `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME` and `MLFLOW_TAGS` (a JSON object) are honoured, an explicit argument
+    wins. A run named by `MLFLOW_RUN_ID` is continued and not closed by us.
+
+    Args:
+        root: working directory of the job; the embedded store is `mlruns/` below it.
+        experiment: name; None: from the environment, else `tsp`.
+        run_name: None: MLflow makes one up.
+        tags: added to mlflow's usual ones (user, source, git commit).
+        params: flat settings.
+        resume: id of a run of ours to go on with; it is RUNNING again, and closed by us.
+
+    Raises:
+        TrackingError: the store or the run cannot be used.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking.context.registry import resolve_tags
+
+    uri = resolve_uri(root)
+    all_tags = {**_tags_from_environment(), **tags}
+    open_store(uri, root)
+    client = MlflowClient(uri)
+    given = os.environ.get("MLFLOW_RUN_ID")
+    try:
+        if resume or given:
+            run = _find_run(client, str(resume or given))
+        else:
+            name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
+            run = client.create_run(ensure_experiment(client, name), tags=resolve_tags(), run_name=run_name)
+        experiment_name = client.get_experiment(run.info.experiment_id).name
+    except MlflowException as error:
+        raise TrackingError(f"no run can be opened at {uri}: {error}") from error
+    tracker = Tracker(root, uri, run, experiment_name, owns_run=bool(resume) or not given)
+    if resume:
+        tracker._spool.append({"kind": "status", "status": "RUNNING", "time_ms": now_ms()})
+    tracker.tags(all_tags)
+    tracker.params(params)
+    return tracker
+
+
+def _find_run(client: "MlflowClient", run_id: str) -> "Run":
+    """The run to be continued."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise TrackingError(f"run {run_id} is not in the store {client.tracking_uri}") from error
+    if run.info.lifecycle_stage != "active":
+        raise TrackingError(f"run {run_id} is deleted; `mlflow runs restore --run-id {run_id}` brings it back")
+    return run
+
+
+def _tags_from_environment() -> dict[str, str]:
+    """`MLFLOW_TAGS`, a JSON object, as the Hugging Face Trainer reads it too."""
+    text = os.environ.get("MLFLOW_TAGS", "").strip()
+    if not text:
+        return {}
+    try:
+        tags = json.loads(text)
+    except ValueError:
+        tags = None
+    if not isinstance(tags, dict):
+        raise TrackingError(f"""MLFLOW_TAGS must be a JSON object like {{"team": "x"}}, got {text!r}""")
+    return {str(key): str(value) for key, value in tags.items()}
+
+
+@functools.lru_cache(maxsize=4096)  # The same few hundred names come at every step.
+def _key(name: str) -> str:
+    """The name with what MLflow does not allow in keys replaced by `_`."""
+    return re.sub(r"[^\w.\- :/]", "_", name)[:KEY_LENGTH]
+
+
+def _describe_source(source: str) -> tuple[str, dict[str, Any]]:
+    """MLflow's type and description of where a corpus comes from."""
+    if source.startswith(("http://", "https://")):
+        return "http", {"url": source}
+    if Path(source).exists():
+        return "local", {"uri": str(Path(source).resolve())}
+    if "/" in source:
+        return "hugging_face", {"path": source}
+    return "code", {"tags": {"mlflow.source.name": source}}

@@ -1,0 +1,95 @@
+"""The one training loop: batches, loss, backward, update -> a stream of step statistics.
+
+The order of the sequences depends on the seed alone, not on the number of ranks; a step sees the same global batch on
+any number of them, and its losses are means over that batch.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tsp.config import TrainConfig
+from tsp.engine import Engine, Mounted
+
+# Takes tokens [b, T]; returns the parts of the loss, each `[]`; `total` is what is differentiated.
+LossFunction = Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """What one optimizer step did."""
+
+    step: int
+    losses: Mapping[str, float]
+    """Means over the global batch."""
+    seconds: float
+    tokens: int
+    """Of the global batch."""
+
+
+def train(
+    engine: Engine,
+    model: Mounted,
+    blocks_NT: Tensor,
+    config: TrainConfig,
+    *,
+    num_steps: int,
+    seed: int,
+    loss: LossFunction,
+    before_step: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> Iterator[StepStats]:
+    """Run `num_steps` steps.
+
+    Args:
+        engine: averages the losses over the ranks.
+        model: what is trained, or carries the gates.
+        blocks_NT: calibration tokens `[N, T]` int64.
+        config: global batch and accumulation.
+        num_steps: optimizer steps.
+        seed: of the order of the blocks.
+        loss: of one micro-batch.
+        before_step: called with the step's number before its forward passes (schedules).
+        after_step: called after its backward passes (updates of what DeepSpeed does not train).
+    """
+    num_micro_batches = config.accumulation
+    for step in range(num_steps):
+        started = time.perf_counter()
+        before_step(step)
+        mine = blocks_NT[_mine(engine, step_indices(len(blocks_NT), config.batch_size, step, seed))].to(engine.device)
+        sums: dict[str, Tensor] = {}
+        for micro_batch in mine.chunk(num_micro_batches):
+            parts = loss(micro_batch)
+            model.backward(parts["total"])
+            model.end_micro_batch()
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float()
+        after_step(step)
+        means = engine.mean(torch.stack(list(sums.values())) / num_micro_batches).tolist()
+        yield StepStats(
+            step=step,
+            losses=dict(zip(sums, means, strict=True)),
+            seconds=time.perf_counter() - started,
+            tokens=config.batch_size * blocks_NT.shape[1],
+        )
+
+
+def step_indices(num_blocks: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """The blocks of one step, `[batch_size]`; every epoch has another order, and epochs join without a gap."""
+    samples = range(step * batch_size, (step + 1) * batch_size)
+    orders: dict[int, Tensor] = {}
+    indices = []
+    for sample in samples:
+        epoch, position = divmod(sample, num_blocks)
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(num_blocks, generator=generator)
+        indices.append(int(orders[epoch][position]))
+    return torch.tensor(indices)
+
+
+def _mine(engine: Engine, indices: Tensor) -> Tensor:
+    return indices.chunk(engine.world_size)[engine.rank]

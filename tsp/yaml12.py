@@ -1,0 +1,61 @@
+"""Read YAML as its version 1.2 has it: `off` is a word, not False, and `1e-3` a number, not a word.
+
+PyYAML reads version 1.1; only the scalars' resolvers differ here.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tsp.errors import ConfigError
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read an experiment file; it states only what differs from the defaults."""
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"), f"--config {path}")
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: no UTF-8: {error}") from None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"--config {path}: must be a mapping, got {type(content).__name__}")
+    return content or {}
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """What a text says.
+
+    Args:
+        text: YAML.
+        place: where it stands, for the message.
+
+    Raises:
+        ConfigError: no valid YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{place}: no valid YAML: {' '.join(str(error).split())}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
