@@ -28,7 +28,7 @@ def main() -> None:
 def launched_prune(local_rank: int | None, **options: Any) -> None:
     """Prune a model on the ranks that `deepspeed` started."""
     with exit_codes(debug=options["debug"]):
-        _prune(options, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        _prune(options, world_size=_world_size())
 
 
 @main.command()
@@ -63,17 +63,23 @@ def prune(
 @main.command()
 @click.option("--model", required=True, help="Hub id, folder or models:/name@alias.")
 @click.option("--eval-data", multiple=True, required=True, help="Corpus to measure on; repeatable.")
+@click.option("--ds", type=click.Path(path_type=Path), help="DeepSpeed JSON that says how to shard [not at all].")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Dotted config key; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def evaluate(model: str, eval_data: tuple[str, ...], overrides: tuple[str, ...], as_json: bool, debug: bool) -> None:
+def evaluate(
+    model: str, eval_data: tuple[str, ...], ds: Path | None, overrides: tuple[str, ...], as_json: bool, debug: bool
+) -> None:
     """Measure the perplexity of a model on some corpora."""
     with exit_codes(debug=debug), _stdout_kept_clean() as stdout:
         from tsp.config import load_config, nest, parse_override
         from tsp.evaluate import evaluate_model
 
         given = [nest("model.path", model), nest("eval.sources", list(eval_data))]
-        result = evaluate_model(load_config([*given, *map(parse_override, overrides)]), Path.cwd())
+        config = load_config([*given, *map(parse_override, overrides)])
+        result = evaluate_model(config, ds, root=Path.cwd(), world_size=_world_size())
+        if not _is_first_rank():
+            return
         if as_json:
             print(json.dumps(result), file=stdout)
         else:
@@ -149,14 +155,24 @@ def _prune(options: dict[str, Any], world_size: int) -> None:
     from tsp.report import print_plan, print_result
 
     job = prepare(config, sharding_path(options), options["output"], root=Path.cwd(), world_size=world_size)
-    first = os.environ.get("RANK", "0") == "0"
     if options["dry_run"]:
-        if first:
+        if _is_first_rank():
             print_plan(job)
         return
-    result = prune(job, Path.cwd())
-    if first:
-        print_result(result)
+    result, links = prune(job, Path.cwd())
+    if _is_first_rank():
+        from tsp.tracking.store import resolve_uri
+
+        print_result(result, links["run"], resolve_uri(Path.cwd()))
+
+
+def _world_size() -> int:
+    """Ranks, as the launcher has it; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _again(context: click.Context) -> list[str]:

@@ -26,8 +26,6 @@ MIN_FREE_GIB = 2
 MIN_MEMORY_GIB = 4
 
 SHOWN_PACKAGES = ("torch", "deepspeed", "transformers", "mlflow", "datasets")
-CPU_OP = "deepspeed_shm_comm"
-"""What deepspeed 0.19 compiles at the first job on a CPU: reductions among ranks through shared memory."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,10 @@ def check_cpu_op() -> Check:
     """Whether the first job on a CPU will have to compile; no fault if so."""
     if importlib.util.find_spec("torch") is None:
         return Check("deepspeed's CPU op", True, "unknown without torch")
-    compiled = sorted(_extensions_folder().glob(f"{CPU_OP}/{CPU_OP}.so"))
-    found = str(compiled[0]) if compiled else "not compiled; the first job on a CPU waits about 40 s for it, once"
+    from tsp.engine import compiled_cpu_op
+
+    compiled = compiled_cpu_op()
+    found = str(compiled) if compiled else "not compiled; the first job on a CPU waits about a minute for it, once"
     return Check("deepspeed's CPU op", True, found)
 
 
@@ -171,20 +171,3 @@ def _installed(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _extensions_folder() -> Path:
-    """Where torch keeps what it compiles for this Python (torch.utils.cpp_extension)."""
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if given:
-        return Path(given)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    return cache / f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{_torch_build()}"
-
-
-def _torch_build() -> str:
-    import torch
-
-    if torch.version.hip is not None:
-        return f"rocm{torch.version.hip.replace('.', '')}"
-    return "cpu" if torch.version.cuda is None else f"cu{torch.version.cuda.replace('.', '')}"

@@ -31,7 +31,11 @@ from torch import Tensor, nn
 
 from tsp.config import JobConfig, TrainConfig
 
+log = logging.getLogger("tsp")
+
 GIB = 2**30
+CPU_OP = "deepspeed_shm_comm"
+"""What deepspeed 0.19 compiles at the first job on a CPU: reductions among ranks through shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +91,10 @@ class Engine:
             # No launcher: we are the only process, and need neither a port nor a network.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
             torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        deepspeed.init_distributed(verbose=False)
         accelerator = get_accelerator()
+        if accelerator.device_name() == "cpu" and compiled_cpu_op() is None and os.environ["RANK"] == "0":
+            log.warning("deepspeed compiles an operation for this CPU now, about a minute; the next job finds it")
+        deepspeed.init_distributed(verbose=False)
         if accelerator.device_name() != "cpu":
             accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device(accelerator.current_device_name())
@@ -166,15 +172,15 @@ class Engine:
         with context:
             yield
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over all ranks, same shape; a new tensor."""
-        total = values.detach().clone()
-        torch.distributed.all_reduce(total)
-        return total / self.world_size
-
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks, same shape; a new tensor."""
-        return self.mean(values) * self.world_size
+        total = values.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all ranks, same shape; a new tensor."""
+        return self.sum(values) / self.world_size
 
     def every_rank(self, value: float) -> list[float]:
         """One number of each rank, by rank."""
@@ -270,3 +276,17 @@ def _held_bytes(parameter: Tensor) -> int:
     if hasattr(parameter, "ds_tensor"):
         held = max(held, parameter.ds_tensor.numel())
     return held * parameter.element_size()
+
+
+def compiled_cpu_op() -> Path | None:
+    """The operation that deepspeed compiles at the first job on a CPU, where torch keeps it; None: not compiled yet."""
+    if torch.version.hip is not None:
+        build = f"rocm{torch.version.hip.replace('.', '')}"
+    else:
+        build = "cpu" if torch.version.cuda is None else f"cu{torch.version.cuda.replace('.', '')}"
+    # As torch.utils.cpp_extension has it.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    of_python = cache / f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{build}"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or of_python)
+    compiled = folder / CPU_OP / f"{CPU_OP}.so"
+    return compiled if compiled.exists() else None

@@ -1,28 +1,32 @@
-"""`tsp evaluate`: the perplexity of a whole model on some corpora, without pruning anything."""
+"""`tsp evaluate`: the perplexity of a whole model on some corpora, without pruning anything; on any number of ranks."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tsp.checkpoint import load
-from tsp.config import JobConfig
+from tsp.config import JobConfig, ModelConfig
 from tsp.data import load_evaluation
-from tsp.engine import Engine
+from tsp.engine import Engine, Mounted, weights_dtype
 from tsp.evaluation.perplexity import perplexity, window_losses
-from tsp.pipeline import located
+from tsp.sharding import read_json, resolve
 from tsp.source import load_tokenizer, open_source
+from tsp.tracking.registry import checkpoint_path
 
 SCHEMA = 1
 
 
-def evaluate_model(config: JobConfig, root: Path) -> dict[str, Any]:
-    """Load a model on one rank and measure it.
+def evaluate_model(config: JobConfig, ds_path: Path | None, *, root: Path, world_size: int) -> dict[str, Any]:
+    """Load a model and measure it; the same call on every rank.
 
     Args:
         config: `model` and `eval` are read.
+        ds_path: DeepSpeed JSON that says how to shard; None: every rank holds the whole model.
         root: working directory; the registry of `models:/...` is the one of its store.
+        world_size: ranks; they share the windows.
 
     Returns:
         `{schema, model, perplexity: {corpus: {ppl, num_windows, block_tokens}}}`.
@@ -30,18 +34,43 @@ def evaluate_model(config: JobConfig, root: Path) -> dict[str, Any]:
     Raises:
         TspError: with exit code 2 for a model or corpus that cannot be used.
     """
+    content = {"zero_optimization": {"stage": 0}} if ds_path is None else read_json(ds_path)
     source = open_source(located(config.model, root))
     corpora = load_evaluation(config, load_tokenizer(source), source.max_positions)
-    engine = Engine.start(config, {"zero_optimization": {"stage": 0}})
+    dtype = weights_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    # Nothing is trained: any batch that the ranks divide will do.
+    train = config.train.model_copy(update={"batch_size": world_size, "accumulation": 1})
+    config = config.model_copy(update={"train": train})
+    hidden_size = source.config.get_text_config(decoder=True).hidden_size
+    engine = Engine.start(config, resolve(content, config, world_size=world_size, hidden_size=hidden_size, dtype=dtype))
     decoder = load(source, engine.dtype, engine.loading(), trust=config.model.trust_remote_code)
     measured = {}
-    with engine.mounted(decoder.model) as model, torch.no_grad():
+    with engine.mounted(decoder.model) as model:
         for corpus in corpora:
-            losses = window_losses(
-                model, corpus.blocks, batch_size=config.eval.batch_size, device=engine.device, name=corpus.name
-            )
+            losses = engine_losses(engine, model, corpus.blocks, config.eval.batch_size, corpus.name)
             record = asdict(perplexity(losses, corpus.blocks.shape[1]))
             del record["window_losses"]
             measured[corpus.name] = record
     engine.stop()
     return {"schema": SCHEMA, "model": source.name, "perplexity": measured}
+
+
+def located(config: ModelConfig, root: Path) -> ModelConfig:
+    """The config with `models:/name@alias` or `models:/name/version` replaced by the folder of that version."""
+    if config.path is None or not config.path.startswith("models:/"):
+        return config
+    return config.model_copy(update={"path": str(checkpoint_path(config.path, root))})
+
+
+def engine_losses(engine: Engine, model: Mounted, blocks_NT: Tensor, batch_size: int, name: str) -> Tensor:
+    """`window_losses` `[N]`, the windows shared among the engine's ranks."""
+    return window_losses(
+        model,
+        blocks_NT,
+        batch_size=batch_size,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        total=engine.sum,
+        device=engine.device,
+        name=name,
+    )

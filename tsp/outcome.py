@@ -174,7 +174,8 @@ def _log_figures(tracker: Tracker, outcome: Outcome, output: Path, name: str) ->
     steps = [step for step, _, _ in history]
     gates_SL = np.array([values for _, _, values in history])
     stride = max(1, len(history) // _HEATMAPS)
-    for end in sorted({*range(stride, len(history), stride), len(history)}):
+    # MLflow's slider stands at the first step when the chart opens: there has to be a picture.
+    for end in sorted({1, *range(stride, len(history), stride), len(history)}):
         picture = gate_heatmap(folder / "gate_heatmap.png", gates_SL[:end], steps=steps[:end], doomed=doomed)
         tracker.image(picture, key="gates/heatmap", step=steps[end - 1])
     boundary = next((step for step, stage, _ in history if stage == "stage2"), None)

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from tsp import selection
 from tsp.checkpoint import load, prove, save_without
-from tsp.config import JobConfig, ModelConfig, number_to_drop
+from tsp.config import JobConfig, number_to_drop
 from tsp.data import Corpus, evenly_spread, load_corpora
 from tsp.engine import Engine, Mounted, weights_dtype
 from tsp.errors import ConfigError, ModelError
-from tsp.evaluation.perplexity import perplexity, window_losses
+from tsp.evaluate import engine_losses, located
+from tsp.evaluation.perplexity import perplexity
 from tsp.evaluation.speed import prompt_tokens_per_s
 from tsp.methods import score_verb, transfer_verb
 from tsp.methods.base import Bench
@@ -36,7 +37,6 @@ from tsp.sharding import read_json, resolve
 from tsp.source import Source, load_tokenizer, open_source
 from tsp.surgery import kept_layers
 from tsp.tracking.null import NullTracker
-from tsp.tracking.registry import checkpoint_path
 from tsp.tracking.run import Tracker
 
 log = logging.getLogger("tsp")
@@ -119,14 +119,7 @@ def prepare(config: JobConfig, ds_path: Path, output: Path | None, *, root: Path
     )
 
 
-def located(config: ModelConfig, root: Path) -> ModelConfig:
-    """The config with `models:/name@alias` or `models:/name/version` replaced by the folder of that version."""
-    if config.path is None or not config.path.startswith("models:/"):
-        return config
-    return config.model_copy(update={"path": str(checkpoint_path(config.path, root))})
-
-
-def prune(job: Job, root: Path) -> dict[str, Any]:
+def prune(job: Job, root: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Run the job on this rank; the same call on every rank.
 
     Args:
@@ -134,7 +127,7 @@ def prune(job: Job, root: Path) -> dict[str, Any]:
         root: working directory; the embedded store is `mlruns/` below it.
 
     Returns:
-        The content of `result.json`.
+        The content of `result.json`, and on rank 0 where to look at the run in MLflow's UI.
     """
     engine = Engine.start(job.config, job.sharding)
     tracker: Tracker | NullTracker = open_run(job, engine, root) if engine.is_first else NullTracker()
@@ -149,7 +142,7 @@ def prune(job: Job, root: Path) -> dict[str, Any]:
         tracker.finish("KILLED" if killed else "FAILED", reason=f"{type(error).__name__}: {error}"[:500])
         raise
     engine.stop()
-    return result
+    return result, tracker.links()
 
 
 def _prune(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path) -> dict[str, Any]:
@@ -159,6 +152,7 @@ def _prune(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Pat
         load_model = partial(load, source, engine.dtype, trust=config.model.trust_remote_code)
         decoder = load_model(engine.loading())
         weights_gib = engine.weights_gib(decoder.model)
+    log.info("load: %d layers in %.1f s, %.4f GiB on rank 0", source.num_layers, watch.seconds["load"], weights_gib[0])
     bench = Bench(
         config=config,
         engine=engine,
@@ -226,7 +220,9 @@ def _select(bench: Bench, scores: Scores, num_drop: int) -> Selection:
     def loss(doomed: Collection[int]) -> float:
         assert bench.model is not None
         with bench.decoder.bypassing(doomed):
-            return float(_losses(bench.engine, bench.model, blocks, bench.config.eval.batch_size, "verify").mean())
+            return float(
+                engine_losses(bench.engine, bench.model, blocks, bench.config.eval.batch_size, "verify").mean()
+            )
 
     doomed = selection.cut(scores.order, num_drop, protected)
     best, best_loss = doomed, loss(doomed)
@@ -245,25 +241,14 @@ def _select(bench: Bench, scores: Scores, num_drop: int) -> Selection:
 def _evaluate(job: Job, engine: Engine, model: Mounted, state: str) -> Evaluation:
     perplexities = {}
     for corpus in job.evals:
-        losses = _losses(engine, model, corpus.blocks, job.config.eval.batch_size, f"evaluate {state} on {corpus.name}")
+        losses = engine_losses(
+            engine, model, corpus.blocks, job.config.eval.batch_size, f"evaluate {state} on {corpus.name}"
+        )
         perplexities[corpus.name] = perplexity(losses, corpus.blocks.shape[1])
     speed = None
     if job.config.eval.speed_runs:
         speed = prompt_tokens_per_s(model, job.evals[0].blocks[0].to(engine.device), job.config.eval.speed_runs)
     return Evaluation(perplexity=perplexities, prompt_tokens_per_s=speed)
-
-
-def _losses(engine: Engine, model: Mounted, blocks_NT: Tensor, batch_size: int, name: str) -> Tensor:
-    return window_losses(
-        model,
-        blocks_NT,
-        batch_size=batch_size,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        total=engine.sum,
-        device=engine.device,
-        name=name,
-    )
 
 
 def _prove(checkpoint: Path, tokens: Tensor, logits: Tensor, dropped: Sequence[int], num_layers: int) -> DropReport:

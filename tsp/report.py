@@ -24,7 +24,7 @@ def print_plan(job: "Job", stdout: TextIO | None = None) -> None:
     yaml.safe_dump(document, stdout or sys.stdout, sort_keys=False)
 
 
-def print_result(result: dict[str, Any], stdout: TextIO | None = None) -> None:
+def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: TextIO | None = None) -> None:
     """Dense, bare drop and pruned side by side, and what to do next."""
     console = Console(file=stdout or sys.stdout, highlight=False)
     dropped = result["dropped"]
@@ -42,17 +42,17 @@ def print_result(result: dict[str, Any], stdout: TextIO | None = None) -> None:
         speed = result["speed"]["prompt_tokens_per_s"][key]
         table.add_row(state, str(layers), f"{parameters:,}", *ppls, f"{speed:,.0f}" if speed else "-")
     console.print(table)
-    print_lines = [f"checkpoint  {result['checkpoint']}"]
+    steps = {"checkpoint": result["checkpoint"], "look": f"tsp ui   # then {run_link}"}
     if result["registered"]:
         name, version = result["registered"]["name"], result["registered"]["version"]
-        print_lines += [
-            f"registered  models:/{name}/{version}",
-            f"load        mlflow.transformers.load_model('models:/{name}/{version}')",
-            f"promote     tsp promote {name} {version} --require 'ppl_ratio<=1.10'",
-        ]
-    print_lines.append(f"compare     tsp ui   (experiment {result['experiment']}, run {result['run_id']})")
-    for line in print_lines:
-        console.print(line, soft_wrap=True)
+        steps |= {
+            "registered": f"models:/{name}/{version}",
+            "in Python": f"import mlflow; mlflow.set_tracking_uri({store_uri!r})",
+            "load": f"mlflow.transformers.load_model('models:/{name}/{version}')",
+            "promote": f"mlflow.MlflowClient().set_registered_model_alias({name!r}, 'champion', '{version}')",
+        }
+    for step, text in steps.items():
+        console.print(f"{step:<11} {text}", soft_wrap=True)
 
 
 def print_evaluation(result: dict[str, Any], stdout: TextIO) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tsp.demo import CHECKPOINT
 from tsp.demo.corpus import SPLITS, stdlib_documents, stdlib_split
+from tsp.demo.muon import Muon
 from tsp.demo.train import TINY, _save_state, train_demo
 
 
@@ -48,6 +49,25 @@ def test_model_card_states_the_training():
     card = (CHECKPOINT / "README.md").read_text()
     assert f"{record['tokens']:,}" in card
     assert str(record["held_out_ppl"]) in card
+
+
+def test_muon_is_torchs_muon():
+    """Tolerance: torch multiplies in bf16, three digits, in each of five iterations."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((8, 24), (24, 8), (8, 24))]
+    ours, theirs = ([torch.nn.Parameter(weight.clone()) for weight in start] for _ in range(2))
+    settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    optimizers = [Muon(ours, **settings), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)]
+    for _ in range(4):
+        for one, two in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            two.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, two, before in zip(ours, theirs, start, strict=True):
+        moved = (one - before).norm()
+        assert moved > 0.01
+        assert (one - two).norm() < 0.02 * moved
 
 
 def test_training_from_scratch_learns_and_reloads(tmp_path):

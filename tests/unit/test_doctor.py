@@ -10,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tsp import doctor
+from tsp.engine import CPU_OP
 from tsp.tracking.store import open_store
 from tsp.tracking.ui import store_condition
 
@@ -99,10 +100,10 @@ def test_compiled_operation_is_found_and_its_absence_is_no_fault(monkeypatch, tm
     before = doctor.check_cpu_op()
     assert before.ok
     assert "waits about 40 s" in before.found
-    folder = tmp_path / doctor.CPU_OP
+    folder = tmp_path / CPU_OP
     folder.mkdir()
-    (folder / f"{doctor.CPU_OP}.so").touch()
-    assert doctor.check_cpu_op().found == str(folder / f"{doctor.CPU_OP}.so")
+    (folder / f"{CPU_OP}.so").touch()
+    assert doctor.check_cpu_op().found == str(folder / f"{CPU_OP}.so")
 
 
 def test_full_disk_is_a_fault(monkeypatch, tmp_path):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tsp.demo.corpus import stdlib_documents
+from tsp.demo.muon import Muon
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
@@ -46,9 +47,9 @@ class DemoRecipe:
     num_heads: int = 5
     block_tokens: int = 512
     batch_size: int = 16
-    total_tokens: int = 7_372_800
-    warmup_share: float = 0.0433
-    decay_share: float = 0.44
+    total_tokens: int = 6_758_400
+    warmup_share: float = 0.0473
+    decay_share: float = 0.43
     muon_lr: float = 6e-3
     adam_lr: float = 4e-3
     weight_decay: float = 0.05
@@ -187,9 +188,7 @@ def _new_model(recipe: DemoRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaF
 def _optimizers(model: torch.nn.Module, recipe: DemoRecipe) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    muon = torch.optim.Muon(
-        matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
     adam = torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:

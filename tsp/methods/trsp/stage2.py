@@ -103,11 +103,12 @@ def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: C
         for index, size in gaps.items():
             gap_sizes[index] += size.detach() / bench.config.train.accumulation
         parts = {"gap": sum(gaps.values(), start=logits_BTV.new_zeros((), dtype=torch.float32)) * config.lambda2}
-        if config.task.lm or dense_BTV is None:
-            parts["lm"] = lm_loss(logits_BTV, tokens_BT)
+        # Without a weight it is for the record only.
+        only_shown = dense_BTV is not None and not config.task.lm
+        parts["lm"] = lm_loss(logits_BTV.detach() if only_shown else logits_BTV, tokens_BT)
         if dense_BTV is not None:
             parts["distill"] = distillation_loss(logits_BTV, dense_BTV, config.temperature)
-        total = config.task.lm * parts.get("lm", 0.0) + config.task.distill * parts.get("distill", 0.0) + parts["gap"]
+        total = config.task.lm * parts["lm"] + config.task.distill * parts.get("distill", 0.0) + parts["gap"]
         return {"total": total, **parts}
 
     stats = train(
