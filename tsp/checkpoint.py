@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tsp.decoder import Decoder
-from tsp.errors import ModelError
+from tsp.errors import ConfigError, ModelError
 from tsp.progress import phase
 from tsp.source import Source, load_tokenizer, one_line
 from tsp.surgery import kept_layers, mended_config, renamed
@@ -27,6 +27,8 @@ from tsp.surgery import kept_layers, mended_config, renamed
 Gather = Callable[..., AbstractContextManager[None]]
 
 _MAX_SHARD_BYTES = 2 * 2**30
+# Largest difference of a logit, reloaded against in memory, that is rounding; other kernels may add in another order.
+_LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
 def load(source: Source, dtype: torch.dtype, loading: AbstractContextManager[None], *, trust: bool = False) -> Decoder:
@@ -95,7 +97,7 @@ def save_without(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=_MAX_SHARD_BYTES,
     )
-    with _whole_or_not_at_all(output) if write else nullcontext(output) as folder:
+    with whole_or_not_at_all(output) if write else nullcontext(output) as folder:
         shards = plan.filename_to_tensors.items()
         for filename, names in phase(shards, "save", len(shards), show=write):
             shard = {}
@@ -116,16 +118,27 @@ def save_without(
             shutil.copy(source.folder / "generation_config.json", folder)
 
 
-def prove(checkpoint: Path, tokens_BT: Tensor, logits_BTV: Tensor) -> dict[str, Any]:
+def require_new(output: Path) -> None:
+    """A folder to be made must be new or empty.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output {output} must be a new or an empty folder, it is not")
+
+
+def prove(checkpoint: Path, tokens_BT: Tensor, logits_BTV: Tensor | None) -> dict[str, Any]:
     """Reload a checkpoint in a fresh process with transformers alone and compare.
 
     Args:
         checkpoint: the folder.
         tokens_BT: `[B, T]` int64.
-        logits_BTV: `[B, T, V]`, what the in-memory model with bypassed layers gave.
+        logits_BTV: `[B, T, V]`, what the model with bypassed layers gave; None: only that there are finite ones.
 
     Returns:
-        What `python -m tsp.proof` prints: `max_logit_difference`, `cached_equals_uncached`, `missing`, `unexpected`.
+        What `python -m tsp.proof` prints: `max_logit_difference`, `cached_equals_uncached`, `missing`, `unexpected`;
+        and `faults`, a sentence each.
 
     Raises:
         ModelError: it does not load.
@@ -134,7 +147,8 @@ def prove(checkpoint: Path, tokens_BT: Tensor, logits_BTV: Tensor) -> dict[str, 
 
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder) / "probe.safetensors"
-        save_file({"tokens": tokens_BT.cpu().contiguous(), "logits": logits_BTV.cpu().contiguous()}, probe)
+        expected = {} if logits_BTV is None else {"logits": logits_BTV.cpu().contiguous()}
+        save_file({"tokens": tokens_BT.cpu().contiguous(), **expected}, probe)
         done = subprocess.run(
             [sys.executable, "-m", "tsp.proof", str(checkpoint), str(probe)],
             capture_output=True,
@@ -143,7 +157,22 @@ def prove(checkpoint: Path, tokens_BT: Tensor, logits_BTV: Tensor) -> dict[str, 
         )
     if done.returncode:
         raise ModelError(f"the pruned checkpoint {checkpoint} does not load: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout)
+    proof = json.loads(done.stdout)
+    return proof | {"faults": _faults(proof, torch.float32 if logits_BTV is None else logits_BTV.dtype)}
+
+
+def _faults(proof: dict[str, Any], dtype: torch.dtype) -> list[str]:
+    faults = [
+        f"{len(proof[kind])} tensors are {kind}, first {proof[kind][0]}"
+        for kind in ("missing", "unexpected")
+        if proof[kind]
+    ]
+    # Not a number compares as False.
+    if not proof["max_logit_difference"] <= _LOGIT_TOLERANCE[dtype]:
+        faults.append(f"a logit differs by {proof['max_logit_difference']:g}, allowed is {_LOGIT_TOLERANCE[dtype]:g}")
+    if not proof["cached_equals_uncached"]:
+        faults.append("it generates otherwise with a key-value cache than without")
+    return faults
 
 
 _LAUNCHER_VARIABLES = {
@@ -158,7 +187,7 @@ _LAUNCHER_VARIABLES = {
 
 
 @contextmanager
-def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
+def whole_or_not_at_all(output: Path) -> Iterator[Path]:
     """A folder to write into that becomes `output` when the block ends, and is removed when it fails."""
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -12,7 +12,15 @@ import click
 
 from tsp import __version__
 from tsp.exits import exit_codes, run_passing_signals
-from tsp.options import Command, Group, config_from_options, is_given, job_options, sharding_path
+from tsp.options import (
+    Command,
+    Group,
+    config_from_options,
+    is_given,
+    job_options,
+    layer_indices,
+    sharding_path,
+)
 from tsp.paths import shipped
 
 
@@ -86,6 +94,45 @@ def evaluate(
             from tsp.report import print_evaluation
 
             print_evaluation(result, stdout)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--layers", required=True, metavar="3,7,9", help="0-based layers that go.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def drop(model: str, layers: str, output: Path, trust_remote_code: bool, debug: bool) -> None:
+    """Write a model without some layers, shard by shard, without building it."""
+    with exit_codes(debug=debug), _stdout_kept_clean() as stdout:
+        dropped = layer_indices("--layers", layers)
+        from tsp.drop import drop_to
+
+        print(drop_to(model, dropped, output, root=Path.cwd(), trust=trust_remote_code), file=stdout)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", help="The dense model: compare logits.")
+@click.option("--layers", metavar="3,7,9", help="0-based layers that the dense model is to lose.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def verify(
+    folder: Path, against: str | None, layers: str | None, trust_remote_code: bool, as_json: bool, debug: bool
+) -> None:
+    """Prove that a pruned checkpoint works with transformers alone; exit 3 where it does not."""
+    with exit_codes(debug=debug), _stdout_kept_clean() as stdout:
+        dropped = layer_indices("--layers", layers) if layers else []
+        from tsp.report import print_verification
+        from tsp.verify import verify as look
+
+        rows = look(folder, against=against, dropped=dropped, trust=trust_remote_code)
+        if as_json:
+            print(json.dumps(rows), file=stdout)
+        else:
+            print_verification(rows, stdout)
+    sys.exit(0 if all(row["ok"] for row in rows) else 3)
 
 
 @main.command()

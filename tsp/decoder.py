@@ -84,6 +84,31 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(model, stacks[0], _probe(model, layers))
 
 
+def read_by_others(decoder: Decoder) -> frozenset[int]:
+    """Layers that later ones read beside the hidden state (shared keys and values): they cannot be bypassed alone.
+
+    Works on fake tensors. Of any two layers one is bypassed and the other is not for some bit of their indices, so
+    2 log2(L) forward passes show whether there are such layers at all; only then each is tried alone.
+    """
+    indices = range(decoder.num_layers)
+    halves = [
+        [i for i in indices if i >> bit & 1 == side] for bit in range(len(indices).bit_length()) for side in (0, 1)
+    ]
+    if all(_runs_without(decoder, half) for half in halves):
+        return frozenset()
+    return frozenset(index for index in indices if not _runs_without(decoder, [index]))
+
+
+def _runs_without(decoder: Decoder, bypassed: Collection[int]) -> bool:
+    device = next(decoder.model.parameters()).device
+    try:
+        with torch.no_grad(), decoder.bypassing(bypassed):
+            decoder.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError):
+        return False
+    return True
+
+
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden state `[B, T, D]` that a layer was called with."""
     return args[0] if args else kwargs["hidden_states"]

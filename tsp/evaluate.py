@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from tsp.checkpoint import load
-from tsp.config import JobConfig, ModelConfig
+from tsp.config import JobConfig
 from tsp.data import load_evaluation
 from tsp.engine import Engine, Mounted, weights_dtype
 from tsp.evaluation.perplexity import perplexity, window_losses
 from tsp.sharding import read_json, resolve
 from tsp.source import load_tokenizer, open_source
-from tsp.tracking.registry import checkpoint_path
+from tsp.tracking.registry import located
 
 SCHEMA = 1
 
@@ -53,13 +53,6 @@ def evaluate_model(config: JobConfig, ds_path: Path | None, *, root: Path, world
             measured[corpus.name] = record
     engine.stop()
     return {"schema": SCHEMA, "model": source.name, "perplexity": measured}
-
-
-def located(config: ModelConfig, root: Path) -> ModelConfig:
-    """The config with `models:/name@alias` or `models:/name/version` replaced by the folder of that version."""
-    if config.path is None or not config.path.startswith("models:/"):
-        return config
-    return config.model_copy(update={"path": str(checkpoint_path(config.path, root))})
 
 
 def engine_losses(engine: Engine, model: Mounted, blocks_NT: Tensor, batch_size: int, name: str) -> Tensor:

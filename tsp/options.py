@@ -106,7 +106,7 @@ def config_from_options(options: Mapping[str, Any]) -> "JobConfig":
         if is_given(options[option]) and option != "drop"
     ]
     if options["drop"] is not None:
-        given.append(nest("prune.drop", _indices(options["drop"])))
+        given.append(nest("prune.drop", layer_indices("--drop", options["drop"])))
     if options["no_register"]:
         given.append(nest("tracking.register_model", False))
     given += [parse_override(text) for text in options["overrides"]]
@@ -136,8 +136,13 @@ def _refuse_contradictions(options: Mapping[str, Any]) -> None:
         raise ConfigError("give one of --register and --no-register, got both")
 
 
-def _indices(text: str) -> list[int]:
+def layer_indices(option: str, text: str) -> list[int]:
+    """`3,7,9` -> [3, 7, 9].
+
+    Raises:
+        ConfigError: anything else.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--drop must be layer numbers joined by commas, like 3,7,9, got {text!r}") from None
+        raise ConfigError(f"{option} must be layer numbers joined by commas, like 3,7,9, got {text!r}") from None

@@ -4,7 +4,6 @@
 `result.json`, the checkpoint and a finished MLflow run.
 """
 
-import json
 import logging
 import sys
 import time
@@ -19,12 +18,12 @@ import torch
 from torch import Tensor
 
 from tsp import selection
-from tsp.checkpoint import load, prove, save_without
+from tsp.checkpoint import load, prove, require_new, save_without
 from tsp.config import JobConfig, number_to_drop
 from tsp.data import Corpus, evenly_spread, load_corpora
 from tsp.engine import Engine, Mounted, weights_dtype
-from tsp.errors import ConfigError, ModelError
-from tsp.evaluate import engine_losses, located
+from tsp.errors import ModelError
+from tsp.evaluate import engine_losses
 from tsp.evaluation.perplexity import perplexity
 from tsp.evaluation.speed import prompt_tokens_per_s
 from tsp.methods import score_verb, transfer_verb
@@ -34,15 +33,13 @@ from tsp.plan import Plan, make_plan
 from tsp.progress import logging_to
 from tsp.records import DropReport, Evaluation, Scores, Selection
 from tsp.sharding import read_json, resolve
-from tsp.source import Source, load_tokenizer, open_source
-from tsp.surgery import kept_layers
+from tsp.source import Source, check_drop, load_tokenizer, open_source
 from tsp.tracking.null import NullTracker
+from tsp.tracking.registry import located
 from tsp.tracking.run import Tracker
 
 log = logging.getLogger("tsp")
 
-# Largest difference of a logit, reloaded against in memory, that is rounding; other kernels may add in another order.
-_LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 _PROBE_TOKENS = 64
 
 
@@ -87,13 +84,17 @@ def prepare(config: JobConfig, ds_path: Path, output: Path | None, *, root: Path
         TspError: with exit code 2; nothing has been opened or written.
     """
     content = read_json(ds_path)
-    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output} must be a new or an empty folder, it is not")
+    if output is not None:
+        require_new(output)
     source = open_source(located(config.model, root))
     num_drop = number_to_drop(config.prune, source.num_layers)
-    kept_layers(source.num_layers, config.prune.drop or ())
-    protected = selection.protected_layers(source.num_layers, config.prune.protect_first, config.prune.protect_last)
-    selection.cut(range(source.num_layers), num_drop, protected if config.prune.drop is None else ())
+    dropped = config.prune.drop
+    if dropped is None:
+        candidates = [index for index in range(source.num_layers) if index not in _protected(config, source)]
+        selection.cut(candidates, num_drop)
+        # It is not known yet which will go; a model that cannot lose just any is refused now.
+        dropped = tuple(candidates[(2 * n + 1) * len(candidates) // (2 * num_drop)] for n in range(num_drop))
+    check_drop(source, dropped, trust=config.model.trust_remote_code)
     dtype = weights_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     hidden_size = source.config.get_text_config(decoder=True).hidden_size
     sharding = resolve(content, config, world_size=world_size, hidden_size=hidden_size, dtype=dtype)
@@ -160,7 +161,7 @@ def _prune(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Pat
         blocks_NT=job.calibration.blocks,
         tracker=tracker,
         load_again=lambda: load_model(engine.loading()),
-        protected=selection.protected_layers(source.num_layers, config.prune.protect_first, config.prune.protect_last),
+        protected=_protected(config, source),
     )
     with engine.mounted(decoder.model) as model:
         bench.model = model
@@ -169,6 +170,7 @@ def _prune(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Pat
         with watch("select"):
             scores = _score(bench, job.plan.num_drop)
             chosen = _select(bench, scores, job.plan.num_drop)
+            check_drop(source, chosen.doomed, trust=config.model.trust_remote_code)
         with watch("evaluate"), decoder.bypassing(chosen.doomed):
             bare_drop = _evaluate(job, engine, model, "bare drop")
         bench.model = None
@@ -201,6 +203,12 @@ def _prune(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Pat
     if isinstance(tracker, Tracker):
         result = publish(job, outcome, tracker, output, watch.seconds, started)
     return engine.from_first(result)
+
+
+def _protected(config: JobConfig, source: Source) -> frozenset[int]:
+    """Layers that stay: those the user protects, and those without which others cannot run."""
+    ends = selection.protected_layers(source.num_layers, config.prune.protect_first, config.prune.protect_last)
+    return ends | source.read_by_others
 
 
 def _score(bench: Bench, num_drop: int) -> Scores:
@@ -253,11 +261,8 @@ def _evaluate(job: Job, engine: Engine, model: Mounted, state: str) -> Evaluatio
 
 def _prove(checkpoint: Path, tokens: Tensor, logits: Tensor, dropped: Sequence[int], num_layers: int) -> DropReport:
     proof = prove(checkpoint, tokens, logits)
-    tolerance = _LOGIT_TOLERANCE[logits.dtype]
-    if proof["missing"] or proof["unexpected"] or not proof["max_logit_difference"] <= tolerance:
-        raise ModelError(f"the saved checkpoint differs from the model in memory: {json.dumps(proof)}")
-    if not proof["cached_equals_uncached"]:
-        raise ModelError(f"the saved checkpoint {checkpoint} generates otherwise with a key-value cache than without")
+    if proof["faults"]:
+        raise ModelError(f"the saved checkpoint {checkpoint} is not the pruned model: {'; '.join(proof['faults'])}")
     return DropReport(
         dropped=tuple(dropped),
         num_layers=num_layers,

@@ -65,6 +65,16 @@ def print_evaluation(result: dict[str, Any], stdout: TextIO) -> None:
     Console(file=stdout).print(table)
 
 
+def print_verification(rows: list[dict[str, Any]], stdout: TextIO) -> None:
+    """One line per check of `tsp verify`."""
+    table = Table()
+    for heading in ("check", "", "found"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(row["name"], "ok" if row["ok"] else "FAILED", row["found"])
+    Console(file=stdout).print(table)
+
+
 def print_checks(checks: list[dict[str, Any]], stdout: TextIO) -> None:
     """One line per check of `tsp doctor`."""
     table = Table()

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tsp.config import ModelConfig
-from tsp.decoder import find_decoder
+from tsp.decoder import find_decoder, read_by_others
 from tsp.demo import CHECKPOINT as DEMO_CHECKPOINT
 from tsp.errors import ModelError
+from tsp.shards import read_header
+from tsp.surgery import (
+    Kind,
+    check_kinds,
+    check_other_shapes,
+    kept_layers,
+    layer_kinds,
+    mended_config,
+    other_shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,14 @@ class Source:
     """A tied weight counted once."""
     layer_parameters: tuple[int, ...]
     """Of each layer."""
+    kinds: tuple[Kind, ...]
+    """See `surgery.layer_kinds`."""
+    other_shapes: Mapping[str, tuple[int, ...]]
+    """See `surgery.other_shapes`."""
+    read_by_others: frozenset[int]
+    """Layers that must stay, see `decoder.read_by_others`."""
+    runs_cached: bool
+    """Whether its skeleton runs with a key-value cache; then one without some layers has to, too."""
 
     @property
     def num_layers(self) -> int:
@@ -67,13 +87,11 @@ def open_source(config: ModelConfig) -> Source:
         )
     try:
         model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        # Fake tensors have shapes and no data; unlike on the meta device, transformers' masks work on them. In bf16, as
-        # torch 2.13 knows the shapes of a mixture of experts (`_grouped_mm`) in no other dtype.
         with FakeTensorMode():
-            skeleton = transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(model_config), dtype=torch.bfloat16, trust_remote_code=config.trust_remote_code
-            )
+            skeleton = _skeleton(model_config, trust=config.trust_remote_code)
             decoder = find_decoder(skeleton)
+            needed = read_by_others(decoder)
+            runs_cached = _cache_fault(skeleton) is None
     except (StrictDataclassError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"model {name} is no causal language model: {one_line(error)}") from None
     dtype = getattr(model_config, "dtype", None) or torch.float32
@@ -87,7 +105,36 @@ def open_source(config: ModelConfig) -> Source:
         num_outputs=decoder.num_outputs,
         num_parameters=_count(skeleton),
         layer_parameters=tuple(map(_count, decoder.layers)),
+        kinds=tuple(layer_kinds(decoder.layers)),
+        other_shapes=other_shapes(skeleton, decoder.path),
+        read_by_others=needed,
+        runs_cached=runs_cached,
     )
+
+
+def check_drop(source: Source, dropped: Sequence[int], *, trust: bool = False) -> None:
+    """The model without these layers can be described by a config of its family (on fake tensors, in seconds).
+
+    Raises:
+        ModelError: it cannot, and why.
+    """
+    kept = kept_layers(source.num_layers, dropped)
+    needed = sorted(source.read_by_others.intersection(dropped))
+    if needed:
+        raise ModelError(
+            f"layers {_listed(needed)} of {source.name} cannot go: later layers read their keys and values"
+        )
+    try:
+        with FakeTensorMode():
+            smaller = _skeleton(mended_config(source.config, kept), trust=trust)
+            fault = _cache_fault(smaller) if source.runs_cached else None
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"model {source.name} cannot lose layers {_listed(dropped)}: {one_line(error)}") from None
+    layers = smaller.get_submodule(source.stack)
+    check_kinds(source.kinds, layer_kinds(layers.children()), kept)
+    check_other_shapes(source.other_shapes, other_shapes(smaller, source.stack))
+    if fault is not None:
+        raise ModelError(f"model {source.name} could not generate without layers {_listed(dropped)}: {fault}")
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -127,30 +174,69 @@ def _folder(config: ModelConfig) -> tuple[Path, str | None]:
     return Path(snapshot), Path(snapshot).name
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold its weights, those that its index names, in order; safetensors before `.bin`.
+
+    Raises:
+        ModelError: there are none.
+        ValueError, KeyError, AttributeError, TypeError: the index is damaged.
+    """
+    for kind in ("safetensors", "bin"):
+        indexes = sorted(folder.glob(f"*.{kind}.index.json"))
+        listed = {folder / name for index in indexes for name in json.loads(index.read_text())["weight_map"].values()}
+        found = listed or set(folder.glob(f"*.{kind}"))
+        if found:
+            return sorted(found)
+    raise ModelError(f"model folder {folder} has no weights (*.safetensors)")
+
+
 def _check_files(folder: Path) -> None:
     """Headers and sizes of all weight files; cheap, and finds truncated and missing shards before anything starts."""
-    from safetensors import SafetensorError, safe_open
-
     if not (folder / "config.json").is_file():
         raise ModelError(f"model folder {folder} has no config.json")
     try:
         if not isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict):
             raise ValueError("config.json must be an object")
-        index = folder / "model.safetensors.index.json"
-        listed = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+        weight_files(folder)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(
             f"model folder {folder}: config.json or the weights' index is damaged: {one_line(error)}"
         ) from None
-    shards = {folder / name for name in listed} or set(folder.glob("*.safetensors"))
-    for shard in sorted(shards):
+    for shard in weight_files(folder):
         try:
-            with safe_open(shard, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
+            if shard.suffix == ".safetensors":
+                read_header(shard)
+            elif not zipfile.is_zipfile(shard):
+                raise ValueError("no archive of tensors")
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise ModelError(f"weight file {shard} is missing or damaged: {one_line(error)}") from None
-    if not shards and not any(folder.glob("*.bin")):
-        raise ModelError(f"model folder {folder} has no weights (*.safetensors)")
+
+
+def _skeleton(config: Any, *, trust: bool) -> Any:
+    """The model of a config; under `FakeTensorMode` it has shapes and no data, whatever its size.
+
+    Unlike on the meta device, transformers' masks work on fake tensors. In bf16, as torch 2.13 knows the shapes of a
+    mixture of experts (`_grouped_mm`) in no other dtype.
+    """
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=torch.bfloat16, trust_remote_code=trust
+    )
+
+
+def _cache_fault(skeleton: Any) -> str | None:
+    """Why a model does not run with a key-value cache (one that lost its last attention layer, say); None: it does."""
+    try:
+        with torch.no_grad():
+            skeleton.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        return one_line(error)
+    return None
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ",".join(map(str, layers))
 
 
 def _count(module: nn.Module) -> int:

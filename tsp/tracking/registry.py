@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsp.config import ModelConfig
 from tsp.errors import ModelError, TrackingError
 from tsp.tracking.store import http_limits, mlruns_folder, open_store, resolve_uri
 
@@ -110,6 +111,13 @@ def checkpoint_path(uri: str, root: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{uri} holds no Hugging Face checkpoint: {folder / 'config.json'} is missing")
     return folder
+
+
+def located(config: ModelConfig, root: Path) -> ModelConfig:
+    """The config with `models:/name@alias` or `models:/name/version` replaced by the folder of that version."""
+    if config.path is None or not config.path.startswith("models:/"):
+        return config
+    return config.model_copy(update={"path": str(checkpoint_path(config.path, root))})
 
 
 @contextmanager

@@ -1,0 +1,81 @@
+"""Safetensors files as bytes: rename and leave out tensors without reading their numbers.
+
+A file is an 8-byte little-endian length, a JSON header `{name: {dtype, shape, data_offsets}}` and the data ("Format" in
+https://github.com/huggingface/safetensors). Copying by bytes keeps every dtype as it is and takes a buffer of memory,
+whatever the size of the shard.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_CHUNK_BYTES = 16 * 2**20
+_METADATA = "__metadata__"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file holds."""
+
+    tensors: dict[str, dict[str, Any]]
+    """By name: `dtype`, `shape`, and `data_offsets` from the start of the data, in their order in the file."""
+    metadata: dict[str, str]
+    data_start: int
+    """Position of the data in the file, bytes."""
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= path.stat().st_size - 8:
+            raise ValueError("the header is longer than the file")
+        content = json.loads(file.read(length))
+    metadata = content.pop(_METADATA, {})
+    tensors = dict(sorted(content.items(), key=lambda item: item[1]["data_offsets"][0]))
+    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    if end != path.stat().st_size - 8 - length:
+        raise ValueError("the data is shorter or longer than the header says")
+    return Header(tensors, metadata, 8 + length)
+
+
+def copy_tensors(source: Path, target: Path, new_names: Mapping[str, str]) -> None:
+    """Copy some tensors of a file into a new one.
+
+    Args:
+        source: safetensors file.
+        target: file to write.
+        new_names: of the tensors to copy, by their names in `source`.
+    """
+    header = read_header(source)
+    entries: dict[str, Any] = {_METADATA: header.metadata or {"format": "pt"}}
+    spans, position = [], 0
+    for name, entry in header.tensors.items():
+        if name in new_names:
+            start, end = entry["data_offsets"]
+            entries[new_names[name]] = {**entry, "data_offsets": [position, position + end - start]}
+            spans.append((header.data_start + start, end - start))
+            position += end - start
+    encoded = json.dumps(entries, separators=(",", ":")).encode()
+    # The data begins at a multiple of 8 bytes; the format allows blanks for that.
+    encoded += b" " * (-len(encoded) % 8)
+    with source.open("rb") as read, target.open("wb") as write:
+        write.write(len(encoded).to_bytes(8, "little") + encoded)
+        for start, num_bytes in spans:
+            read.seek(start)
+            _copy(read, write, num_bytes)
+
+
+def _copy(read: BinaryIO, write: BinaryIO, num_bytes: int) -> None:
+    while num_bytes:
+        chunk = read.read(min(num_bytes, _CHUNK_BYTES))
+        if not chunk:
+            raise OSError("the file became shorter while it was read")
+        write.write(chunk)
+        num_bytes -= len(chunk)
