@@ -183,6 +183,7 @@ def take_through(name: str, folder: Path) -> Path:
         ModelError: the family is refused.
         AssertionError: something is wrong.
     """
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     from tests.models import bench, job, logits, tiny_tokenizer
@@ -220,6 +221,8 @@ def take_through(name: str, folder: Path) -> Path:
     gathered = lambda *args, **kwargs: nullcontext()  # noqa: E731
     save_without(decoder, source, dropped, folder / "pruned", gathered=gathered, write=True)
     drop_layers(source, dropped, folder / "on-disk")
+    files = [set(load_file(folder / kind / "model.safetensors")) for kind in ("pruned", "on-disk")]
+    assert files[0] == files[1], "the job names tensors as the dense model's file does"
     prompt = ids[:1, :6]
     for kind in ("pruned", "on-disk"):
         reloaded, info = AutoModelForCausalLM.from_pretrained(folder / kind, output_loading_info=True)

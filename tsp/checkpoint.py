@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -85,37 +85,52 @@ def save_without(
         gathered: `engine.Engine.gathered`.
         write: True on rank 0.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
+    from transformers.core_model_loading import revert_weight_conversion
 
     kept = kept_layers(source.num_layers, dropped)
     config, tokenizer = mended_config(source.config, kept), load_tokenizer(source)
     tensors = _named_tensors(decoder.model, source.stack, kept)
-    plan = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: _numel(tensor) * source.dtype.itemsize,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=_MAX_SHARD_BYTES,
-    )
+    shards = _shards(tensors, source)
     with whole_or_not_at_all(output) if write else nullcontext(output) as folder:
-        shards = plan.filename_to_tensors.items()
-        for filename, names in phase(shards, "save", len(shards), show=write):
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(phase(shards, "save", len(shards), show=write), start=1):
             shard = {}
             for name in names:
                 with gathered([tensors[name]]):
                     if write:
                         shard[name] = _on_disk(tensors[name], source.dtype)
             if write:
-                save_file(shard, folder / filename, metadata={"format": "pt"})
+                # Some families are held otherwise in memory (experts in one tensor): the file is to be as it was.
+                shard = {
+                    name: data.contiguous() for name, data in revert_weight_conversion(decoder.model, shard).items()
+                }
+                file = shard_name(number, len(shards))
+                save_file(shard, folder / file, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(shard, file)
         if not write:
             return
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_index(folder, weight_map)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if (source.folder / "generation_config.json").exists():
             shutil.copy(source.folder / "generation_config.json", folder)
+
+
+def shard_name(number: int, num_shards: int) -> str:
+    """The file of a shard, numbered from 1, as transformers names it."""
+    return f"model-{number:05d}-of-{num_shards:05d}.safetensors" if num_shards > 1 else "model.safetensors"
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
+    """Say in which file each tensor is, where there are several."""
+    files = set(weight_map.values())
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum((folder / file).stat().st_size for file in files)},
+            "weight_map": dict(weight_map),
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def require_new(output: Path) -> None:
@@ -210,6 +225,24 @@ def _named_tensors(model: nn.Module, stack: str, kept: Sequence[int]) -> dict[st
             seen.add(id(tensor))
             tensors[new_name] = tensor
     return tensors
+
+
+def _shards(tensors: Mapping[str, Tensor], source: Source) -> list[list[str]]:
+    """Names by shard; the tensors of a layer stay together, since some are made of several others."""
+    units: dict[str, list[str]] = {}
+    for name in tensors:
+        number = name.removeprefix(f"{source.stack}.").partition(".")[0]
+        units.setdefault(number if name.startswith(f"{source.stack}.") else name, []).append(name)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for names in units.values():
+        unit_bytes = sum(_numel(tensors[name]) for name in names) * source.dtype.itemsize
+        if shards[-1] and size + unit_bytes > _MAX_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1] += names
+        size += unit_bytes
+    return shards
 
 
 def _numel(tensor: Tensor) -> int:

@@ -3,14 +3,13 @@
 drop_layers(open_source(config.model), [3, 7, 9], Path("smaller"))
 """
 
-import json
 import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tsp.checkpoint import require_new, whole_or_not_at_all
+from tsp.checkpoint import require_new, shard_name, whole_or_not_at_all, write_index
 from tsp.config import ModelConfig
 from tsp.errors import ConfigError, ModelError
 from tsp.progress import phase
@@ -50,14 +49,10 @@ def drop_layers(source: Source, dropped: Sequence[int], output: Path, *, trust: 
     with whole_or_not_at_all(output) as folder:
         weight_map: dict[str, str] = {}
         for number, path in enumerate(phase(remaining, "drop", len(remaining)), start=1):
-            many = len(remaining) > 1
-            target = f"model-{number:05d}-of-{len(remaining):05d}.safetensors" if many else "model.safetensors"
+            target = shard_name(number, len(remaining))
             _copy(path, folder / target, new_names[path])
             weight_map |= dict.fromkeys(new_names[path].values(), target)
-        if len(remaining) > 1:
-            size = sum((folder / file).stat().st_size for file in set(weight_map.values()))
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_index(folder, weight_map)
         for path in source.folder.iterdir():
             # A model card would tell of the dense model.
             if (
