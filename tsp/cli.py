@@ -115,11 +115,18 @@ def drop(model: str, layers: str, output: Path, trust_remote_code: bool, debug: 
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--against", metavar="MODEL", help="The dense model: compare logits.")
 @click.option("--layers", metavar="3,7,9", help="0-based layers that the dense model is to lose.")
+@click.option("--for", "loaders", metavar="vllm,gguf", help="Other programs that are to read the folder.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the models.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def verify(
-    folder: Path, against: str | None, layers: str | None, trust_remote_code: bool, as_json: bool, debug: bool
+    folder: Path,
+    against: str | None,
+    layers: str | None,
+    loaders: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    debug: bool,
 ) -> None:
     """Prove that a pruned checkpoint works with transformers alone; exit 3 where it does not."""
     with exit_codes(debug=debug), _stdout_kept_clean() as stdout:
@@ -127,7 +134,8 @@ def verify(
         from tsp.report import print_verification
         from tsp.verify import verify as look
 
-        rows = look(folder, against=against, dropped=dropped, trust=trust_remote_code)
+        readers = loaders.split(",") if loaders else []
+        rows = look(folder, against=against, dropped=dropped, loaders=readers, trust=trust_remote_code)
         if as_json:
             print(json.dumps(rows), file=stdout)
         else:

@@ -42,7 +42,7 @@ def drop_layers(source: Source, dropped: Sequence[int], output: Path, *, trust: 
     check_drop(source, dropped, trust=trust)
     config = mended_config(source.config, kept)
     files = weight_files(source.folder)
-    names = {path: list(_names(path)) for path in files}
+    names = {path: list(tensor_names(path)) for path in files}
     stack = _stack_on_disk([name for listed in names.values() for name in listed], source)
     new_names = {path: dict(_renamed(listed, stack, kept, source.num_layers)) for path, listed in names.items()}
     remaining = [path for path in files if new_names[path]]
@@ -81,7 +81,7 @@ def drop_to(model: str, dropped: Sequence[int], output: Path, *, root: Path, tru
 
 def layer_numbers(source: Source) -> list[int]:
     """The numbers of the layers that a folder's tensors name, ascending."""
-    names = [name for path in weight_files(source.folder) for name in _names(path)]
+    names = [name for path in weight_files(source.folder) for name in tensor_names(path)]
     prefix = _stack_on_disk(names, source, at_least=1) + "."
     return sorted({int(name[len(prefix) :].partition(".")[0]) for name in names if name.startswith(prefix)})
 
@@ -124,7 +124,12 @@ def _renamed(names: Iterable[str], stack: str, kept: Sequence[int], num_layers: 
         log.warning("layers %s are beyond the stack of %d; they are left out", sorted(surplus), num_layers)
 
 
-def _names(path: Path) -> Iterable[str]:
+def tensor_names(path: Path) -> Iterable[str]:
+    """The tensors of one weight file.
+
+    Raises:
+        ModelError: it is damaged.
+    """
     if path.suffix == ".safetensors":
         try:
             return read_header(path).tensors

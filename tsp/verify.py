@@ -12,19 +12,28 @@ from tsp.checkpoint import load, prove
 from tsp.config import ModelConfig
 from tsp.drop import layer_numbers
 from tsp.errors import ModelError
+from tsp.loaders import check_loader
 from tsp.source import Source, load_tokenizer, open_source
 
 _PROBE = (2, 32)
 """Sequences and tokens of the batch whose logits are compared."""
 
 
-def verify(folder: Path, *, against: str | None, dropped: Sequence[int], trust: bool = False) -> list[dict[str, Any]]:
+def verify(
+    folder: Path,
+    *,
+    against: str | None,
+    dropped: Sequence[int],
+    loaders: Sequence[str] = (),
+    trust: bool = False,
+) -> list[dict[str, Any]]:
     """Look at a folder, reload it in a fresh process, and compare it with the dense model.
 
     Args:
         folder: the pruned checkpoint.
         against: the dense model, folder or hub id; None: it is not compared.
-        dropped: the layers that the dense model is to be bypassed.
+        dropped: the layers of the dense model that are bypassed.
+        loaders: other programs that are to read the folder, see `loaders.LOADERS`.
         trust: run the models' own Python code.
 
     Returns:
@@ -39,6 +48,9 @@ def verify(folder: Path, *, against: str | None, dropped: Sequence[int], trust: 
         _layer_numbers(source),
         _tokenizer(source),
     ]
+    for loader in loaders:
+        faults = list(check_loader(loader, source))
+        rows.append(_row(f"for {loader}", not faults, "; ".join(faults) or "config and tensor names fit"))
     card = "generation_config.json"
     rows.append(_row("generation config", (folder / card).is_file(), card))
     tokens = _tokens(source)

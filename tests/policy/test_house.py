@@ -43,6 +43,9 @@ NEVER_IMPORTED = {
 }
 
 
+OPTIONAL = {"gguf": "extra of its own, asked for where it is missing"}
+
+
 def imported_libraries() -> set[str]:
     names = set()
     for folder in ("tsp", "launchers"):
@@ -52,7 +55,7 @@ def imported_libraries() -> set[str]:
                     names |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom):
                     names.add(str(node.module).partition(".")[0])
-    return names - set(sys.stdlib_module_names) - {"tsp", "launchers"}
+    return names - set(sys.stdlib_module_names) - set(OPTIONAL) - {"tsp", "launchers"}
 
 
 def constraints() -> dict[str, Requirement]:

@@ -15,6 +15,7 @@ from tsp.cli import main
 from tsp.config import ModelConfig
 from tsp.drop import drop_layers, layer_numbers
 from tsp.errors import ModelError
+from tsp.loaders import LOADERS, check_loader
 from tsp.shards import copy_tensors, read_header
 from tsp.source import open_source
 from tsp.verify import verify
@@ -176,6 +177,43 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
     assert done.exit_code == 2
     assert "No space left on device" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+class TestOtherLoaders:
+    @pytest.fixture
+    def pruned(self, dense, tmp_path):
+        return drop_layers(source_of(sharded(dense, 2)), DROPPED, tmp_path / "out")
+
+    def faults(self, folder, loader="vllm"):
+        return list(check_loader(loader, source_of(folder)))
+
+    @pytest.mark.parametrize("loader", LOADERS)
+    def test_a_good_one_has_no_faults(self, pruned, loader):
+        assert self.faults(pruned, loader) == []
+
+    def test_a_gap_in_the_numbers(self, pruned):
+        for path in pruned.glob("*.safetensors"):
+            names = {name: name.replace("layers.2.", "layers.4.") for name in read_header(path).tensors}
+            copy_tensors(path, path.with_suffix(".new"), names)
+            path.with_suffix(".new").rename(path)
+        found = self.faults(pruned)
+        assert "the layers' numbers have gaps: [0, 1, 4]" in found
+        assert any("the index and the files differ" in fault for fault in found)
+        assert any("lacks" in fault and "layers.4." in fault for fault in self.faults(pruned, "gguf"))
+
+    def test_a_stale_list_and_a_stale_count(self, pruned):
+        config = json.loads((pruned / "config.json").read_text())
+        stale = {"n_layer": 5, "extra_layer_types": ["full"] * 5, "architectures": None}
+        (pruned / "config.json").write_text(json.dumps(config | stale))
+        found = "; ".join(self.faults(pruned))
+        assert "config.json must count 3 layers" in found
+        assert "extra_layer_types has 5 entries for 3 layers" in found
+        assert "must name one architecture" in found
+
+    def test_an_unknown_loader_is_wrong_input(self, pruned):
+        done = CliRunner().invoke(main, ["verify", str(pruned), "--for", "vllm,ollama"])
+        assert done.exit_code == 2
+        assert "--for must be of vllm, gguf, got 'ollama'" in done.stderr
 
 
 class TestVerify:
