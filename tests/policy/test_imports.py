@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # A module imports only modules of its own floor and of those below. The longest prefix decides.
 FLOORS = {
     "words": ("tsp", "tsp.errors", "tsp.yaml12", "tsp.config", "tsp.paths", "tsp.records", "tsp.progress", "tsp.demo"),
-    "maths": ("tsp.penalties", "tsp.selection", "tsp.demo.corpus", "tsp.demo.muon"),
+    "maths": ("tsp.penalties", "tsp.selection", "tsp.demo.card", "tsp.demo.corpus", "tsp.demo.muon"),
     "things": (
         "tsp.adapters",
         "tsp.checkpoint",

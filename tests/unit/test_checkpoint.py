@@ -179,9 +179,9 @@ def test_off_the_first_rank_nothing_is_written(folders, tmp_path):
 
 
 def test_layers_whose_kind_depends_on_their_position_are_refused(tmp_path):
-    folder = model_folder(tmp_path / "dense", tiny_model("qwen2_moe", 4))
+    folder = model_folder(tmp_path / "dense", tiny_model("gpt2", 4, scale_attn_by_inverse_layer_idx=True))
     source, decoder = loaded(folder)
-    with pytest.raises(ModelError, match="decoder_sparse_step = 2 gives layers their kind by position"):
+    with pytest.raises(ModelError, match="scale_attn_by_inverse_layer_idx makes each layer depend on its position"):
         save_without(decoder, source, (1,), tmp_path / "pruned", gathered=whole, write=True)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 

@@ -155,7 +155,7 @@ def test_empty_yaml_file_changes_nothing(tmp_path):
         (b"a: [1, 2", "no valid YAML"),
         (b"- 1\n- 2\n", "must be a mapping, got list"),
         (b"word", "must be a mapping, got str"),
-        (b"a: \xff", "no valid YAML"),
+        (b"a: \xff", "no UTF-8"),
         (b"a: !!python/object/apply:os.getcwd []", "no valid YAML"),
     ],
 )
