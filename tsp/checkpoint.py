@@ -3,6 +3,7 @@
 A folder is written beside its final place and renamed, so it appears whole or not at all.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -20,39 +21,46 @@ from torch import Tensor, nn
 from tsp.decoder import Decoder
 from tsp.errors import ConfigError, ModelError
 from tsp.progress import phase
-from tsp.source import Source, load_tokenizer, one_line
+from tsp.source import Source, one_line
 from tsp.surgery import kept_layers, mended_config, renamed
 
 # Gathers sharded parameters for the length of a block: `engine.Engine.gathered`.
 Gather = Callable[..., AbstractContextManager[None]]
 
 _MAX_SHARD_BYTES = 2 * 2**30
+# Ends of the names of files that hold weights, or say where they are.
+_WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 # Largest difference of a logit, reloaded against in memory, that is rounding; other kernels may add in another order.
 _LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
-def load(source: Source, dtype: torch.dtype, loading: AbstractContextManager[None], *, trust: bool = False) -> Decoder:
+def load(source: Source, dtype: torch.dtype, loading: AbstractContextManager[None]) -> Decoder:
     """Read the weights, frozen.
 
     Args:
         source: from `open_source`.
         dtype: of the weights in memory.
         loading: `engine.Engine.loading()`, under which the weights go straight into shards.
-        trust: run the model's own Python code.
 
     Raises:
         ModelError: tensors are missing or of another shape than the config says.
     """
     import transformers
 
+    config = copy.deepcopy(source.config)
     # Dropout is off in every phase: we measure and move what the model knows, on few tokens.
-    dropouts = {
-        key: 0.0 for key, value in source.config.to_dict().items() if "drop" in key and isinstance(value, float)
-    }
+    for part in (config, config.get_text_config(decoder=True)):
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
     try:
         with loading:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source.folder, dtype=dtype, trust_remote_code=trust, output_loading_info=True, **dropouts
+                source.folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {source.name} cannot be loaded: {one_line(error)}") from None
@@ -89,7 +97,7 @@ def save_without(
     from transformers.core_model_loading import revert_weight_conversion
 
     kept = kept_layers(source.num_layers, dropped)
-    config, tokenizer = mended_config(source.config, kept), load_tokenizer(source)
+    config = _config(decoder.model, source, kept)
     tensors = _named_tensors(decoder.model, source.stack, kept)
     shards = _shards(tensors, source)
     with whole_or_not_at_all(output) if write else nullcontext(output) as folder:
@@ -111,10 +119,15 @@ def save_without(
         if not write:
             return
         write_index(folder, weight_map)
+        copy_companions(source.folder, folder)
         config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if (source.folder / "generation_config.json").exists():
-            shutil.copy(source.folder / "generation_config.json", folder)
+
+
+def copy_companions(dense: Path, folder: Path) -> None:
+    """Copy what lies beside the weights: tokenizer, generation config, Python code; no config, no model card."""
+    for path in dense.iterdir():
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in ("config.json", "README.md"):
+            shutil.copy(path, folder)
 
 
 def shard_name(number: int, num_shards: int) -> str:
@@ -143,11 +156,11 @@ def require_new(output: Path) -> None:
         raise ConfigError(f"--output {output} must be a new or an empty folder, it is not")
 
 
-def prove(checkpoint: Path, tokens_BT: Tensor, logits_BTV: Tensor | None) -> dict[str, Any]:
+def prove(pruned: Source, tokens_BT: Tensor, logits_BTV: Tensor | None) -> dict[str, Any]:
     """Reload a checkpoint in a fresh process with transformers alone and compare.
 
     Args:
-        checkpoint: the folder.
+        pruned: the checkpoint, from `open_source`.
         tokens_BT: `[B, T]` int64.
         logits_BTV: `[B, T, V]`, what the model with bypassed layers gave; None: only that there are finite ones.
 
@@ -163,16 +176,21 @@ def prove(checkpoint: Path, tokens_BT: Tensor, logits_BTV: Tensor | None) -> dic
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder) / "probe.safetensors"
         expected = {} if logits_BTV is None else {"logits": logits_BTV.cpu().contiguous()}
+        code = ["--trust-remote-code"] * pruned.trust_remote_code
         save_file({"tokens": tokens_BT.cpu().contiguous(), **expected}, probe)
         done = subprocess.run(
-            [sys.executable, "-m", "tsp.proof", str(checkpoint), str(probe)],
+            [sys.executable, "-m", "tsp.proof", str(pruned.folder), str(probe), *code],
             capture_output=True,
             text=True,
             env={key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES},
         )
     if done.returncode:
-        raise ModelError(f"the pruned checkpoint {checkpoint} does not load: {done.stderr.strip().splitlines()[-1:]}")
+        raise ModelError(
+            f"the pruned checkpoint {pruned.folder} does not load: {done.stderr.strip().splitlines()[-1:]}"
+        )
     proof = json.loads(done.stdout)
+    if pruned.text_only:
+        proof["unexpected"] = []  # What is beside the text is there, and is not loaded.
     return proof | {"faults": _faults(proof, torch.float32 if logits_BTV is None else logits_BTV.dtype)}
 
 
@@ -225,6 +243,15 @@ def _named_tensors(model: nn.Module, stack: str, kept: Sequence[int]) -> dict[st
             seen.add(id(tensor))
             tensors[new_name] = tensor
     return tensors
+
+
+def _config(model: nn.Module, source: Source, kept: Sequence[int]) -> Any:
+    """Of what is saved: the language model alone, where that is all that was loaded."""
+    if not source.text_only:
+        return mended_config(source.config, kept)
+    config: Any = mended_config(source.config.get_text_config(decoder=True), kept)
+    config.architectures, config.dtype = [type(model).__name__], source.dtype
+    return config
 
 
 def _shards(tensors: Mapping[str, Tensor], source: Source) -> list[list[str]]:

@@ -76,12 +76,13 @@ def find_decoder(model: nn.Module) -> Decoder:
     config: Any = model.config
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
     stacks = [name for name, module in model.named_modules() if _is_stack(module, num_layers)]
-    if len(stacks) != 1:
-        found = ", ".join(stacks) or "none"
+    # An image encoder may have as many layers; text does not run through it.
+    calls = {name: _calls(model, model.get_submodule(name)) for name in stacks}
+    used = [name for name in stacks if calls[name]] or stacks
+    if len(used) != 1:
+        found = ", ".join(used) or "none"
         raise ModelError(f"the model must have exactly one list of {num_layers} layers, found: {found}")
-    layers = model.get_submodule(stacks[0])
-    assert isinstance(layers, nn.ModuleList)
-    return Decoder(model, stacks[0], _probe(model, layers))
+    return Decoder(model, used[0], _num_outputs(calls[used[0]], num_layers))
 
 
 def read_by_others(decoder: Decoder) -> frozenset[int]:
@@ -128,10 +129,11 @@ def _is_stack(module: nn.Module, num_layers: int) -> bool:
     return isinstance(module, nn.ModuleList) and len(module) == num_layers
 
 
-def _probe(model: nn.Module, layers: nn.ModuleList) -> int | None:
+def _calls(model: nn.Module, layers: nn.Module) -> list[tuple[int, Any]]:
+    """What a tiny forward does with the layers, in its order: index, and length of the output tuple or None."""
     calls: list[tuple[int, Any]] = []
     hooks = []
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(layers.children()):
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
             takes_hidden = bool(args) or "hidden_states" in kwargs
@@ -150,7 +152,11 @@ def _probe(model: nn.Module, layers: nn.ModuleList) -> int | None:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    if [index for index, _ in calls] != list(range(len(layers))):
+    return calls
+
+
+def _num_outputs(calls: list[tuple[int, Any]], num_layers: int) -> int | None:
+    if [index for index, _ in calls] != list(range(num_layers)):
         raise ModelError(f"the layers must each be called once, in order; got the calls {[i for i, _ in calls]}")
     kinds = {kind for _, kind in calls}
     if "misfit" in kinds or len(kinds) != 1:

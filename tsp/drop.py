@@ -5,11 +5,10 @@ drop_layers(open_source(config.model), [3, 7, 9], Path("smaller"))
 
 import logging
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tsp.checkpoint import require_new, shard_name, whole_or_not_at_all, write_index
+from tsp.checkpoint import copy_companions, require_new, shard_name, whole_or_not_at_all, write_index
 from tsp.config import ModelConfig
 from tsp.errors import ConfigError, ModelError
 from tsp.progress import phase
@@ -20,17 +19,14 @@ from tsp.tracking.registry import located
 
 log = logging.getLogger("tsp")
 
-_WRITTEN_ANEW = (".safetensors", ".bin", ".index.json")
 
-
-def drop_layers(source: Source, dropped: Sequence[int], output: Path, *, trust: bool = False) -> Path:
+def drop_layers(source: Source, dropped: Sequence[int], output: Path) -> Path:
     """Write a folder like the source's, without some layers.
 
     Args:
         source: from `open_source`.
         dropped: indices that go.
         output: folder to make; must be new or empty.
-        trust: run the model's own Python code, to check the result's structure.
 
     Returns:
         `output`.
@@ -39,7 +35,7 @@ def drop_layers(source: Source, dropped: Sequence[int], output: Path, *, trust: 
         ModelError: these layers cannot go, or the tensors' names do not fit the model's structure.
     """
     kept = kept_layers(source.num_layers, dropped)
-    check_drop(source, dropped, trust=trust)
+    check_drop(source, dropped)
     config = mended_config(source.config, kept)
     files = weight_files(source.folder)
     names = {path: list(tensor_names(path)) for path in files}
@@ -53,14 +49,7 @@ def drop_layers(source: Source, dropped: Sequence[int], output: Path, *, trust: 
             _copy(path, folder / target, new_names[path])
             weight_map |= dict.fromkeys(new_names[path].values(), target)
         write_index(folder, weight_map)
-        for path in source.folder.iterdir():
-            # A model card would tell of the dense model.
-            if (
-                path.is_file()
-                and not path.name.endswith(_WRITTEN_ANEW)
-                and path.name not in ("config.json", "README.md")
-            ):
-                shutil.copy(path, folder)
+        copy_companions(source.folder, folder)
         config.save_pretrained(folder)
     return output
 
@@ -74,7 +63,7 @@ def drop_to(model: str, dropped: Sequence[int], output: Path, *, root: Path, tru
     require_new(output)
     source = open_source(located(ModelConfig(path=model, trust_remote_code=trust), root))
     try:
-        return drop_layers(source, dropped, output, trust=trust)
+        return drop_layers(source, dropped, output)
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from None
 
@@ -87,7 +76,10 @@ def layer_numbers(source: Source) -> list[int]:
 
 
 def _stack_on_disk(names: Iterable[str], source: Source, *, at_least: int | None = None) -> str:
-    """The stack's path as the files have it: the model's own, or one without the name of the base model before it.
+    """The stack's path as the files have it: among those with enough layers, the one most like the model's own.
+
+    It may lack the name of the base model (`h` for `transformer.h`), or have its parts in another order
+    (`language_model.model.layers` for `model.language_model.layers`).
 
     Raises:
         ModelError: none, or several.
@@ -96,16 +88,20 @@ def _stack_on_disk(names: Iterable[str], source: Source, *, at_least: int | None
     for name in names:
         for match in re.finditer(r"\.(\d+)\.", name):
             numbers.setdefault(name[: match.start()], set()).add(int(match[1]))
-    parts = source.stack.split(".")
-    paths = [".".join(parts[start:]) for start in range(len(parts))]
     wanted = set(range(source.num_layers if at_least is None else at_least))
-    found = [path for path in paths if numbers.get(path, set()) >= wanted]
-    if len(found) != 1:
+    parts = source.stack.split(".")
+    alike = {
+        path: len(set(parts).intersection(path.split("."))) / len(set(parts).union(path.split(".")))
+        for path, found in numbers.items()
+        if found >= wanted and path.split(".")[-1] == parts[-1]
+    }
+    best = [path for path, shared in alike.items() if shared == max(alike.values())]
+    if len(best) != 1:
         raise ModelError(
             f"the weights of {source.name} must name the layers 0 to {source.num_layers - 1} under {source.stack}, "
-            f"found {', '.join(found) or 'none'}"
+            f"found {', '.join(best) or 'none'}"
         )
-    return found[0]
+    return best[0]
 
 
 def _renamed(names: Iterable[str], stack: str, kept: Sequence[int], num_layers: int) -> Iterable[tuple[str, str]]:

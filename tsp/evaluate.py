@@ -43,7 +43,7 @@ def evaluate_model(config: JobConfig, ds_path: Path | None, *, root: Path, world
     config = config.model_copy(update={"train": train})
     hidden_size = source.config.get_text_config(decoder=True).hidden_size
     engine = Engine.start(config, resolve(content, config, world_size=world_size, hidden_size=hidden_size, dtype=dtype))
-    decoder = load(source, engine.dtype, engine.loading(), trust=config.model.trust_remote_code)
+    decoder = load(source, engine.dtype, engine.loading())
     measured = {}
     with engine.mounted(decoder.model) as model:
         for corpus in corpora:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tsp import selection
 from tsp.checkpoint import load, prove, require_new, save_without
-from tsp.config import JobConfig, number_to_drop
+from tsp.config import JobConfig, ModelConfig, number_to_drop
 from tsp.data import Corpus, evenly_spread, load_corpora
 from tsp.engine import Engine, Mounted, weights_dtype
 from tsp.errors import ModelError
@@ -94,7 +94,7 @@ def prepare(config: JobConfig, ds_path: Path, output: Path | None, *, root: Path
         selection.cut(candidates, num_drop)
         # It is not known yet which will go; a model that cannot lose just any is refused now.
         dropped = tuple(candidates[(2 * n + 1) * len(candidates) // (2 * num_drop)] for n in range(num_drop))
-    check_drop(source, dropped, trust=config.model.trust_remote_code)
+    check_drop(source, dropped)
     dtype = weights_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     hidden_size = source.config.get_text_config(decoder=True).hidden_size
     sharding = resolve(content, config, world_size=world_size, hidden_size=hidden_size, dtype=dtype)
@@ -150,10 +150,12 @@ def _prune(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Pat
     watch, config, source = Stopwatch(), job.config, job.source
     started = time.perf_counter()
     with watch("load"):
-        load_model = partial(load, source, engine.dtype, trust=config.model.trust_remote_code)
+        load_model = partial(load, source, engine.dtype)
         decoder = load_model(engine.loading())
         weights_gib = engine.weights_gib(decoder.model)
     log.info("load: %d layers in %.1f s, %.4f GiB on rank 0", source.num_layers, watch.seconds["load"], weights_gib[0])
+    if source.text_only:
+        log.warning("%s holds more than a language model; the checkpoint will be the language model alone", source.name)
     bench = Bench(
         config=config,
         engine=engine,
@@ -170,7 +172,7 @@ def _prune(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Pat
         with watch("select"):
             scores = _score(bench, job.plan.num_drop)
             chosen = _select(bench, scores, job.plan.num_drop)
-            check_drop(source, chosen.doomed, trust=config.model.trust_remote_code)
+            check_drop(source, chosen.doomed)
         with watch("evaluate"), decoder.bypassing(chosen.doomed):
             bare_drop = _evaluate(job, engine, model, "bare drop")
         bench.model = None
@@ -187,7 +189,7 @@ def _prune(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Pat
     with watch("save"):
         checkpoint = output / "model"
         save_without(decoder, source, chosen.doomed, checkpoint, gathered=engine.gathered, write=engine.is_first)
-        report = _prove(checkpoint, probe, logits, chosen.doomed, source.num_layers) if engine.is_first else None
+        report = _prove(checkpoint, probe, logits, chosen.doomed, source) if engine.is_first else None
         report = engine.from_first(report)
     outcome = Outcome(
         scores=scores,
@@ -259,13 +261,14 @@ def _evaluate(job: Job, engine: Engine, model: Mounted, state: str) -> Evaluatio
     return Evaluation(perplexity=perplexities, prompt_tokens_per_s=speed)
 
 
-def _prove(checkpoint: Path, tokens: Tensor, logits: Tensor, dropped: Sequence[int], num_layers: int) -> DropReport:
-    proof = prove(checkpoint, tokens, logits)
+def _prove(checkpoint: Path, tokens: Tensor, logits: Tensor, dropped: Sequence[int], source: Source) -> DropReport:
+    pruned = open_source(ModelConfig(path=str(checkpoint), trust_remote_code=source.trust_remote_code))
+    proof = prove(pruned, tokens, logits)
     if proof["faults"]:
         raise ModelError(f"the saved checkpoint {checkpoint} is not the pruned model: {'; '.join(proof['faults'])}")
     return DropReport(
         dropped=tuple(dropped),
-        num_layers=num_layers,
+        num_layers=source.num_layers,
         checkpoint=str(checkpoint),
         max_logit_difference=proof["max_logit_difference"],
         cached_equals_uncached=proof["cached_equals_uncached"],

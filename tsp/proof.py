@@ -1,4 +1,4 @@
-"""Prove that a checkpoint folder works with transformers alone: `python -m tsp.proof FOLDER PROBE.safetensors`.
+"""Prove that a folder works with transformers alone: `python -m tsp.proof FOLDER PROBE [--trust-remote-code]`.
 
 Started in a fresh process, so that nothing of the job's engine helps it. The probe holds `tokens` `[B, T]` and the
 `logits` `[B, T, V]` that are expected, if any. Prints one JSON object.
@@ -12,14 +12,16 @@ import torch
 NEW_TOKENS = 16
 
 
-def proof(folder: str, probe: str) -> dict[str, object]:
+def proof(folder: str, probe: str, trust: str = "") -> dict[str, object]:
     """Load the folder, compare logits with the probe's, and greedy generation with and without cache."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     expected = load_file(probe)
     dtype = expected["logits"].dtype if "logits" in expected else torch.float32
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=bool(trust), output_loading_info=True
+    )
     model.eval()
     prompt = expected["tokens"][:1, :8]
     with torch.no_grad():

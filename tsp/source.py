@@ -38,7 +38,11 @@ class Source:
     revision: str | None
     """Commit on the hub; None for a folder."""
     config: Any
-    """transformers config."""
+    """transformers config, as the folder has it."""
+    trust_remote_code: bool
+    """Whether Python code that comes with the model may run."""
+    text_only: bool
+    """The folder holds more than the causal language model that is built from it (an image encoder, say)."""
     dtype: torch.dtype
     """Of the weights on disk; what is saved has it too."""
     stack: str
@@ -87,6 +91,7 @@ def open_source(config: ModelConfig) -> Source:
         )
     try:
         model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        _check_causal(model_config)
         with FakeTensorMode():
             skeleton = _skeleton(model_config, trust=config.trust_remote_code)
             decoder = find_decoder(skeleton)
@@ -100,6 +105,8 @@ def open_source(config: ModelConfig) -> Source:
         name=name,
         revision=revision,
         config=model_config,
+        trust_remote_code=config.trust_remote_code,
+        text_only=type(skeleton.config) is not type(model_config),
         dtype=dtype,
         stack=decoder.path,
         num_outputs=decoder.num_outputs,
@@ -112,7 +119,7 @@ def open_source(config: ModelConfig) -> Source:
     )
 
 
-def check_drop(source: Source, dropped: Sequence[int], *, trust: bool = False) -> None:
+def check_drop(source: Source, dropped: Sequence[int]) -> None:
     """The model without these layers can be described by a config of its family (on fake tensors, in seconds).
 
     Raises:
@@ -126,7 +133,7 @@ def check_drop(source: Source, dropped: Sequence[int], *, trust: bool = False) -
         )
     try:
         with FakeTensorMode():
-            smaller = _skeleton(mended_config(source.config, kept), trust=trust)
+            smaller = _skeleton(mended_config(source.config, kept), trust=source.trust_remote_code)
             fault = _cache_fault(smaller) if source.runs_cached else None
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"model {source.name} cannot lose layers {_listed(dropped)}: {one_line(error)}") from None
@@ -146,7 +153,7 @@ def load_tokenizer(source: Source) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(source.folder)
+        return transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"model {source.name} has no usable tokenizer: {one_line(error)}") from None
 
@@ -212,17 +219,40 @@ def _check_files(folder: Path) -> None:
             raise ModelError(f"weight file {shard} is missing or damaged: {one_line(error)}") from None
 
 
+def _check_causal(config: Any) -> None:
+    """transformers has a causal language model for the config.
+
+    Raises:
+        ValueError: it has none, or one that sees the whole text at once.
+    """
+    import transformers
+
+    if config.is_encoder_decoder:
+        raise ValueError(f"{config.model_type} is an encoder-decoder")
+    if getattr(config, "is_decoder", True) is False:
+        raise ValueError(f"its config says is_decoder: false, so each token of {config.model_type} sees the later ones")
+    known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise ValueError(
+            f"transformers {transformers.__version__} has no causal language model for {config.model_type}"
+        )
+
+
 def _skeleton(config: Any, *, trust: bool) -> Any:
     """The model of a config; under `FakeTensorMode` it has shapes and no data, whatever its size.
 
     Unlike on the meta device, transformers' masks work on fake tensors. In bf16, as torch 2.13 knows the shapes of a
-    mixture of experts (`_grouped_mm`) in no other dtype.
+    mixture of experts (`_grouped_mm`) in no other dtype. Not initialised: some initialisations read what they wrote.
     """
     import transformers
+    from transformers.initialization import no_init_weights
 
-    return transformers.AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), dtype=torch.bfloat16, trust_remote_code=trust
-    )
+    with no_init_weights():
+        model = transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.bfloat16, trust_remote_code=trust
+        )
+    model.tie_weights()
+    return model
 
 
 def _cache_fault(skeleton: Any) -> str | None:

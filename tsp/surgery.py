@@ -74,14 +74,19 @@ def mended_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedCo
     for field, value in list(vars(text).items()):
         if not isinstance(value, list | tuple) or field.startswith("_") or _TOKEN_IDS.match(field):
             continue
-        if len(value) == num_layers:
+        indices = _INDEX_LIST.match(field) and all(isinstance(index, int) for index in value)
+        # One as long as the stack holds indices only if it names every layer.
+        if len(value) == num_layers and not (indices and set(value) == set(range(num_layers))):
             setattr(text, field, [value[index] for index in kept])
-        elif _INDEX_LIST.match(field) and all(isinstance(index, int) for index in value):
+        elif indices:
             setattr(text, field, [kept.index(index) for index in value if index in kept])
     for field, mend in _MENDS.items():
         if getattr(dense, field, None):
             mend(dense, text, kept)
     text.num_hidden_layers = len(kept)
+    overrides = dense.to_dict().get("per_layer_config")
+    if overrides:
+        text.per_layer_config = {new: overrides[str(old)] for new, old in enumerate(kept) if str(old) in overrides}
     return mended
 
 
@@ -108,6 +113,8 @@ def check_kinds(dense: Sequence[Kind], pruned: Sequence[Kind], kept: Sequence[in
     Raises:
         ModelError: one is not; loading would leave its weights out, or run it otherwise.
     """
+    if len(pruned) != len(kept):
+        raise ModelError(f"the config counts its layers twice: that of {len(kept)} makes a model of {len(pruned)}")
     for new, old in enumerate(kept):
         before, after = dense[old], pruned[new]
         for name in sorted({*before, *after}):
@@ -219,6 +226,16 @@ def _moe_range(dense: Any, text: Any, kept: Sequence[int]) -> None:
     text.moe_layer_end_index = sum(index <= last for index in kept) - 1
 
 
+def _count(field: str) -> _Mend:
+    """A second name for the number of layers, if it is that number."""
+
+    def mend(dense: Any, text: Any, kept: Sequence[int]) -> None:
+        if getattr(dense, field) == dense.num_hidden_layers:
+            setattr(text, field, len(kept))
+
+    return mend
+
+
 def _never(field: str) -> _Mend:
     """The layer computes with its index."""
 
@@ -230,6 +247,7 @@ def _never(field: str) -> _Mend:
 
 # Fields by which a family derives the kind of a layer from its index without a list, where they say anything.
 _MENDS: Mapping[str, _Mend] = {
+    "num_blocks": _count("num_blocks"),
     "first_k_dense_replace": _first("first_k_dense_replace"),
     "num_dense_layers": _first("num_dense_layers"),
     "num_kv_shared_layers": _last("num_kv_shared_layers"),

@@ -57,9 +57,9 @@ def verify(
     logits = None
     if against is not None:
         dense = open_source(ModelConfig(path=against, trust_remote_code=trust))
-        logits = _bypassed_logits(dense, dropped, tokens, trust=trust)
+        logits = _bypassed_logits(dense, dropped, tokens)
     try:
-        proof = prove(folder, tokens, logits)
+        proof = prove(source, tokens, logits)
     except ModelError as error:
         return [*rows, _row("round trip", False, str(error))]
     compared = f"logits within {proof['max_logit_difference']:g} of the dense model's" if against else "finite logits"
@@ -86,8 +86,8 @@ def _tokens(source: Source) -> Tensor:
     return torch.randint(vocabulary, (_PROBE[0], min(_PROBE[1], source.max_positions)), generator=generator)
 
 
-def _bypassed_logits(dense: Source, dropped: Sequence[int], tokens_BT: Tensor, *, trust: bool) -> Tensor:
-    decoder = load(dense, dense.dtype, nullcontext(), trust=trust)
+def _bypassed_logits(dense: Source, dropped: Sequence[int], tokens_BT: Tensor) -> Tensor:
+    decoder = load(dense, dense.dtype, nullcontext())
     decoder.model.eval()
     with torch.no_grad(), decoder.bypassing(dropped):
         return decoder.model(input_ids=tokens_BT, use_cache=False).logits

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.families import FAMILIES, REFUSED, take_through
+from tests.families import FAMILIES, FURTHER, REFUSED, take_through
 from tsp.errors import ModelError
 
 WORKING = [name for name in FAMILIES if name not in REFUSED]
@@ -19,7 +19,9 @@ def checkpoints(tmp_path_factory):
     return {}
 
 
-@pytest.mark.parametrize("name", WORKING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in FURTHER.split())) for name in WORKING]
+)
 def test_a_family_goes_through(name, tmp_path_factory, checkpoints):
     checkpoints[name] = take_through(name, tmp_path_factory.mktemp(name))
 

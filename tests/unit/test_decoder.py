@@ -90,9 +90,12 @@ def test_no_stack_is_refused():
         find_decoder(model)
 
 
-def test_two_stacks_are_refused_by_name():
+def test_of_two_stacks_the_one_that_text_runs_through_is_taken_and_two_such_are_refused_by_name():
     model = tiny_model()
-    model.model.more = nn.ModuleList(nn.Linear(2, 2) for _ in range(5))
+    model.model.more = nn.ModuleList(nn.Linear(32, 32) for _ in range(5))
+    assert find_decoder(model).path == "model.layers", "an encoder of images, say, as deep as the text's stack"
+    for inner, outer in zip(model.model.more, model.model.layers, strict=True):
+        outer.register_forward_pre_hook(lambda layer, args, inner=inner: (inner(args[0]), *args[1:]))
     with pytest.raises(ModelError, match=r"found: model\.layers, model\.more"):
         find_decoder(model)
 
