@@ -147,13 +147,20 @@ def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
 
 
 def require_new(output: Path) -> None:
-    """A folder to be made must be new or empty.
+    """A folder to be made must be new or empty, and where it can be written; tried now, not after hours of work.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is not.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} must be a new or an empty folder, it is not")
+    output = output.absolute()
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from None
 
 
 def prove(pruned: Source, tokens_BT: Tensor, logits_BTV: Tensor | None) -> dict[str, Any]:

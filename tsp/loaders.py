@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tsp.drop import layer_numbers, tensor_names
 from tsp.errors import ConfigError
@@ -75,6 +75,17 @@ def _index_faults(folder: Path) -> Iterator[str]:
         yield f"the index and the files differ in {len(wrong)} tensors, first {wrong[0]}"
 
 
+def places_in_gguf(architecture: Any, num_layers: int) -> Any:
+    """The `gguf.TensorNameMap` of an architecture, whichever were asked for before."""
+    import gguf
+
+    class Places(gguf.TensorNameMap):
+        # gguf 0.19.0 writes an architecture's names into the table that all of them share.
+        block_mappings_cfg: ClassVar[dict[Any, Any]] = dict(gguf.TensorNameMap.block_mappings_cfg)
+
+    return Places(architecture, num_layers)
+
+
 def _gguf(source: Source) -> Iterator[str]:
     try:
         import gguf
@@ -85,7 +96,7 @@ def _gguf(source: Source) -> Iterator[str]:
     misfits = {
         architecture: [name for name in names if places.get_name(name, try_suffixes=_SUFFIXES) is None]
         for architecture in gguf.MODEL_ARCH
-        if (places := gguf.get_tensor_name_map(architecture, count))
+        if (places := places_in_gguf(architecture, count))
     }
     nearest = min(misfits, key=lambda architecture: len(misfits[architecture]))
     if misfits[nearest]:

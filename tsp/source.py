@@ -94,6 +94,7 @@ def open_source(config: ModelConfig) -> Source:
         _check_causal(model_config)
         with FakeTensorMode():
             skeleton = _skeleton(model_config, trust=config.trust_remote_code)
+            _check_one_way(skeleton)
             decoder = find_decoder(skeleton)
             needed = read_by_others(decoder)
             runs_cached = _cache_fault(skeleton) is None
@@ -223,19 +224,29 @@ def _check_causal(config: Any) -> None:
     """transformers has a causal language model for the config.
 
     Raises:
-        ValueError: it has none, or one that sees the whole text at once.
+        ValueError: it has none.
     """
     import transformers
 
     if config.is_encoder_decoder:
         raise ValueError(f"{config.model_type} is an encoder-decoder")
-    if getattr(config, "is_decoder", True) is False:
-        raise ValueError(f"its config says is_decoder: false, so each token of {config.model_type} sees the later ones")
     known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if not known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
         raise ValueError(
             f"transformers {transformers.__version__} has no causal language model for {config.model_type}"
         )
+
+
+def _check_one_way(skeleton: nn.Module) -> None:
+    """No token sees later ones, as far as the model says: some causal ones also leave `is_decoder` at false.
+
+    Raises:
+        ValueError: config and attention both say that they do.
+    """
+    config: Any = skeleton.config
+    causal = {module.is_causal for module in skeleton.modules() if isinstance(getattr(module, "is_causal", None), bool)}
+    if getattr(config, "is_decoder", True) is False and causal == {False}:
+        raise ValueError(f"its config says is_decoder: false, so each token of {config.model_type} sees the later ones")
 
 
 def _skeleton(config: Any, *, trust: bool) -> Any:

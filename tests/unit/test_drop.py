@@ -15,7 +15,7 @@ from tsp.cli import main
 from tsp.config import ModelConfig
 from tsp.drop import drop_layers, layer_numbers
 from tsp.errors import ModelError
-from tsp.loaders import LOADERS, check_loader
+from tsp.loaders import LOADERS, check_loader, places_in_gguf
 from tsp.shards import copy_tensors, read_header
 from tsp.source import open_source
 from tsp.verify import verify
@@ -174,6 +174,18 @@ def test_a_folder_in_use_is_refused(dense, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("place", ["/proc/out", "file/out"])
+def test_a_place_that_cannot_be_written_is_wrong_input(dense, tmp_path, monkeypatch, place):
+    """Nobody may write below /proc, nor below a file; not even root, as which tests often run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(main, ["drop", str(dense), "--layers", "1", "--output", place])
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --output /")
+    assert "cannot be written" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "file"]
+
+
 def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -215,6 +227,30 @@ class TestOtherLoaders:
         assert "config.json must count 3 layers" in found
         assert "extra_layer_types has 5 entries for 3 layers" in found
         assert "must name one architecture" in found
+
+    def test_gguf_can_be_written_from_it_and_read(self, pruned, tmp_path):
+        """With llama.cpp's own package: its names, numbers of layers from 0, and the same values."""
+        gguf = pytest.importorskip("gguf")
+        config = json.loads((pruned / "config.json").read_text())
+        places = places_in_gguf(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+        weights = {name: value for path in pruned.glob("*.safetensors") for name, value in load_file(path).items()}
+        names = {places.get_name(name, try_suffixes=(".weight", ".bias")): name for name in weights}
+        assert None not in names, names[None]
+        writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+        writer.add_block_count(config["num_hidden_layers"])
+        for place, name in names.items():
+            writer.add_tensor(place, weights[name].float().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        found = gguf.GGUFReader(tmp_path / "model.gguf")
+        assert found.get_field("llama.block_count").contents() == 3
+        read = {tensor.name: torch.tensor(tensor.data) for tensor in found.tensors}
+        assert {name.split(".")[1] for name in read if name.startswith("blk.")} == {"0", "1", "2"}
+        assert len(read) == len(weights)
+        for place, name in names.items():
+            assert torch.equal(read[place].reshape(weights[name].shape), weights[name].float())
 
     def test_an_unknown_loader_is_wrong_input(self, pruned):
         done = CliRunner().invoke(main, ["verify", str(pruned), "--for", "vllm,ollama"])
