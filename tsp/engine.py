@@ -178,6 +178,11 @@ class Engine:
         torch.distributed.all_reduce(total)
         return total
 
+    def sharing(self, batch_size: int) -> dict[str, Any]:
+        """How windows are shared among the ranks, for `evaluation.windows.per_window`."""
+        ranks: dict[str, Any] = {"rank": self.rank, "world_size": self.world_size, "total": self.sum}
+        return ranks | {"batch_size": batch_size, "device": self.device}
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all ranks, same shape; a new tensor."""
         return self.sum(values) / self.world_size

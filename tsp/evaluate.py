@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tsp.checkpoint import load
 from tsp.config import JobConfig
 from tsp.data import load_evaluation
-from tsp.engine import Engine, Mounted, weights_dtype
+from tsp.engine import Engine, weights_dtype
 from tsp.evaluation.perplexity import perplexity, window_losses
 from tsp.sharding import read_json, resolve
 from tsp.source import load_tokenizer, open_source
@@ -47,23 +46,10 @@ def evaluate_model(config: JobConfig, ds_path: Path | None, *, root: Path, world
     measured = {}
     with engine.mounted(decoder.model) as model:
         for corpus in corpora:
-            losses = engine_losses(engine, model, corpus.blocks, config.eval.batch_size, corpus.name)
+            sharing = engine.sharing(config.eval.batch_size)
+            losses = window_losses(model, corpus.blocks, **sharing, name=corpus.name)
             record = asdict(perplexity(losses, corpus.blocks.shape[1]))
             del record["window_losses"]
             measured[corpus.name] = record
     engine.stop()
     return {"schema": SCHEMA, "model": source.name, "perplexity": measured}
-
-
-def engine_losses(engine: Engine, model: Mounted, blocks_NT: Tensor, batch_size: int, name: str) -> Tensor:
-    """`window_losses` `[N]`, the windows shared among the engine's ranks."""
-    return window_losses(
-        model,
-        blocks_NT,
-        batch_size=batch_size,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        total=engine.sum,
-        device=engine.device,
-        name=name,
-    )

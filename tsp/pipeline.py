@@ -23,8 +23,7 @@ from tsp.config import JobConfig, ModelConfig, number_to_drop
 from tsp.data import Corpus, evenly_spread, load_corpora
 from tsp.engine import Engine, Mounted, weights_dtype
 from tsp.errors import ModelError
-from tsp.evaluate import engine_losses
-from tsp.evaluation.perplexity import perplexity
+from tsp.evaluation.perplexity import perplexity, window_losses
 from tsp.evaluation.speed import prompt_tokens_per_s
 from tsp.methods import score_verb, transfer_verb
 from tsp.methods.base import Bench
@@ -228,11 +227,7 @@ def _select(bench: Bench, scores: Scores, num_drop: int) -> Selection:
     blocks = evenly_spread(bench.blocks_NT, bench.config.prune.verify_blocks)
 
     def loss(doomed: Collection[int]) -> float:
-        assert bench.model is not None
-        with bench.decoder.bypassing(doomed):
-            return float(
-                engine_losses(bench.engine, bench.model, blocks, bench.config.eval.batch_size, "verify").mean()
-            )
+        return bench.loss_without(doomed, blocks, "verify")
 
     doomed = selection.cut(scores.order, num_drop, protected)
     best, best_loss = doomed, loss(doomed)
@@ -251,9 +246,8 @@ def _select(bench: Bench, scores: Scores, num_drop: int) -> Selection:
 def _evaluate(job: Job, engine: Engine, model: Mounted, state: str) -> Evaluation:
     perplexities = {}
     for corpus in job.evals:
-        losses = engine_losses(
-            engine, model, corpus.blocks, job.config.eval.batch_size, f"evaluate {state} on {corpus.name}"
-        )
+        sharing = engine.sharing(job.config.eval.batch_size)
+        losses = window_losses(model, corpus.blocks, **sharing, name=f"evaluate {state} on {corpus.name}")
         perplexities[corpus.name] = perplexity(losses, corpus.blocks.shape[1])
     speed = None
     if job.config.eval.speed_runs:

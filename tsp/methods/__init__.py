@@ -12,20 +12,31 @@ from tsp.yaml12 import read_yaml
 
 @dataclass(frozen=True)
 class Entry:
-    """A method: the module with its verb `score`, and what its preset changes of the config's defaults."""
+    """A method: where its verb `score` is, and what its preset changes of the config's defaults."""
 
-    module: str
+    verb: str
+    """`module:function`."""
     preset: Path | None
     summary: str
 
 
 _HERE = Path(__file__).parent
+# Published as selections only: nothing is trained unless a transfer is asked for.
+_BASELINE = _HERE / "baseline.yaml"
 
 METHODS: Mapping[str, Entry] = {
-    "tsp": Entry("tsp.methods.trsp.stage1", None, "gates under a budget, then distillation into the kept layers"),
+    "tsp": Entry("tsp.methods.trsp.stage1:score", None, "gates under a budget, then distillation into the kept layers"),
     "trsp": Entry(
-        "tsp.methods.trsp.stage1", _HERE / "trsp" / "paper.yaml", "the paper: l1 gates, LM loss, gap penalty"
+        "tsp.methods.trsp.stage1:score", _HERE / "trsp" / "paper.yaml", "the paper: l1 gates, LM loss, gap penalty"
     ),
+    "shortgpt": Entry("tsp.methods.similarity:shortgpt", _BASELINE, "layers that turn the hidden state least"),
+    "angular": Entry("tsp.methods.similarity:angular", _BASELINE, "the block that turns the last token least"),
+    "streamline": Entry("tsp.methods.similarity:streamline", _BASELINE, "the block that turns the tokens least"),
+    "sleb": Entry("tsp.methods.leave_out:sleb", _BASELINE, "again and again the layer that is missed least"),
+    "ppl": Entry("tsp.methods.leave_out:ppl", _BASELINE, "the layers that are missed least, one by one"),
+    "magnitude": Entry("tsp.methods.simple:magnitude", _BASELINE, "layers with the smallest weights"),
+    "random": Entry("tsp.methods.simple:random", _BASELINE, "a seeded random choice"),
+    "tail": Entry("tsp.methods.simple:tail", _BASELINE, "the last layers but the very last"),
 }
 
 
@@ -34,7 +45,8 @@ TRANSFERS: Mapping[str, str | None] = {"stage2": "tsp.methods.trsp.stage2", "non
 
 def score_verb(method: str) -> Callable[..., Any]:
     """The verb `score` of a method."""
-    return importlib.import_module(METHODS[method].module).score
+    module, _, function = METHODS[method].verb.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def transfer_verb(name: str) -> Callable[..., Any] | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tsp.config import JobConfig
 from tsp.decoder import Decoder
 from tsp.engine import Engine, Mounted
+from tsp.evaluation.perplexity import window_losses
 from tsp.records import Scores
 from tsp.training import StepStats
 
@@ -43,6 +44,13 @@ class Bench:
     """`(global step, stage, gates [L])` of every logged step, for the figures."""
     global_step: int = 0
     trained_tokens: int = 0
+
+    def loss_without(self, bypassed: Collection[int], blocks_NT: Tensor, name: str) -> float:
+        """Mean cross-entropy on some blocks with these layers bypassed, nats per token; the same on every rank."""
+        assert self.model is not None, "measured while scoring"
+        sharing = self.engine.sharing(self.config.eval.batch_size)
+        with self.decoder.bypassing(bypassed):
+            return float(window_losses(self.model, blocks_NT, **sharing, name=name).mean())
 
     def log(self, stage: str, stats: StepStats, gates: list[float], more: Mapping[str, float] | None = None) -> None:
         """Log one step of a stage under the metric names of the contract, and count it."""

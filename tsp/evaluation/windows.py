@@ -1,0 +1,49 @@
+"""Measure something on each window of a corpus, the windows shared among the ranks."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tsp.progress import phase
+
+
+def per_window(
+    measure: Callable[[Tensor], Tensor],
+    blocks_NT: Tensor,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda values: values,
+    device: torch.device | str = "cpu",
+    name: str = "evaluate",
+) -> Tensor:
+    """K numbers of each window, without gradient.
+
+    Args:
+        measure: tokens `[b, T]` -> `[b, K]`.
+        blocks_NT: windows `[N, T]` int64.
+        batch_size: windows per call and rank.
+        rank: of this process.
+        world_size: ranks. Every rank makes the same number of calls, as sharded weights demand.
+        total: sum of a tensor over the ranks.
+        device: of the model.
+        name: of the phase, for the progress bar.
+
+    Returns:
+        `[N, K]` fp64, the same on every rank.
+    """
+    values_NK: Tensor | None = None
+    starts = range(0, len(blocks_NT), batch_size * world_size)
+    with torch.no_grad():
+        for start in phase(starts, name, len(starts), show=rank == 0):
+            first = start + rank * batch_size
+            # A rank without windows of its own goes along with the first one and counts nothing.
+            batch = blocks_NT[first : first + batch_size]
+            values = measure((batch if len(batch) else blocks_NT[:1]).to(device)).double()
+            if values_NK is None:
+                values_NK = torch.zeros(len(blocks_NT), values.shape[1], dtype=torch.float64, device=device)
+            values_NK[first : first + len(batch)] = values[: len(batch)]
+    assert values_NK is not None, "a corpus has at least one window"
+    return total(values_NK)
