@@ -169,8 +169,8 @@ class JobConfig(_Section):
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     prune: PruneSection = PruneSection()
-    transfer: Literal["stage2", "none"] = "stage2"
-    """How what the doomed layers know is moved into the others."""
+    transfer: Literal["stage2", "finetune", "distill", "none"] = "stage2"
+    """How what the doomed layers know is moved: `finetune`, `distill`: drop first, then train as long as stage 2."""
     train: TrainConfig = TrainConfig()
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()

@@ -1,5 +1,6 @@
 """Methods and transfers by name. To add one: write a sibling module with the verb, and list it here."""
 
+import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,19 +41,28 @@ METHODS: Mapping[str, Entry] = {
 }
 
 
-TRANSFERS: Mapping[str, str | None] = {"stage2": "tsp.methods.trsp.stage2", "none": None}
+TRANSFERS: Mapping[str, str | None] = {
+    "stage2": "tsp.methods.trsp.stage2:transfer",
+    "finetune": "tsp.methods.controls:finetune",
+    "distill": "tsp.methods.controls:distill",
+    "none": None,
+}
 
 
 def score_verb(method: str) -> Callable[..., Any]:
     """The verb `score` of a method."""
-    module, _, function = METHODS[method].verb.partition(":")
-    return getattr(importlib.import_module(module), function)
+    return _function(METHODS[method].verb)
 
 
 def transfer_verb(name: str) -> Callable[..., Any] | None:
     """The verb `transfer`; None where nothing is to be moved."""
-    module = TRANSFERS[name]
-    return importlib.import_module(module).transfer if module else None
+    path = TRANSFERS[name]
+    return _function(path) if path else None
+
+
+def _function(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -62,6 +72,8 @@ def preset(name: str) -> dict[str, Any]:
         ConfigError: no such method.
     """
     if name not in METHODS:
-        raise ConfigError(f"prune.method must be one of {', '.join(METHODS)}, got {name!r}")
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"prune.method must be one of {', '.join(METHODS)}, got {name!r}{hint}")
     path = METHODS[name].preset
     return read_yaml(path) if path else {}
