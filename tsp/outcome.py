@@ -13,6 +13,7 @@ import yaml
 from tsp import __version__
 from tsp.config import flatten
 from tsp.engine import Engine
+from tsp.evaluation.confidence import ratio_interval
 from tsp.records import DropReport, Evaluation, Scores, Selection, write_json
 from tsp.tracking.registry import register_checkpoint
 from tsp.tracking.run import Tracker, start_run
@@ -122,6 +123,7 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker, seconds: dict[str, f
             corpus: {state: evaluation.perplexity[corpus].ppl for state, evaluation in outcome.states.items()}
             for corpus in corpora
         },
+        "ppl_ratio_interval": {corpus: _ratio_intervals(outcome, corpus) for corpus in corpora},
         "parameters": {
             "dense": parameters,
             "pruned": parameters - sum(job.source.layer_parameters[index] for index in dropped),
@@ -134,6 +136,12 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker, seconds: dict[str, f
         "checkpoint": outcome.drop.checkpoint,
         "registered": None,
     }
+
+
+def _ratio_intervals(outcome: Outcome, corpus: str) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the ratios to the dense model's perplexity."""
+    losses = {state: evaluation.perplexity[corpus].window_losses for state, evaluation in outcome.states.items()}
+    return {state: ratio_interval(losses[state], losses["dense"]) for state in losses if state != "dense"}
 
 
 def _metrics(result: dict[str, Any], outcome: Outcome) -> dict[str, float]:
@@ -150,6 +158,9 @@ def _metrics(result: dict[str, Any], outcome: Outcome) -> dict[str, float]:
         metrics |= {f"eval/{corpus}/ppl_{state}": value for state, value in ppl.items()}
         ratios[corpus] = ppl["pruned"] / ppl["dense"]
     metrics |= {f"ppl_ratio/{corpus}": ratio for corpus, ratio in ratios.items()}
+    for corpus, intervals in result["ppl_ratio_interval"].items():
+        low, high = intervals["pruned"]
+        metrics |= {f"eval/{corpus}/ppl_ratio_low": low, f"eval/{corpus}/ppl_ratio_high": high}
     metrics["ppl_ratio"] = max(ratios.values())
     speed = result["speed"]["prompt_tokens_per_s"]
     metrics |= {f"eval/prompt_tokens_per_s_{state}": value for state, value in speed.items() if value is not None}

@@ -38,10 +38,13 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
         ("pruned", kept, result["parameters"]["pruned"]),
     ):
         key = state.replace(" ", "_")
-        ppls = [f"{values[key]:.2f}" for values in result["perplexity"].values()]
+        ppls = [
+            f"{values[key]:.2f}{_times_dense(result, corpus, key)}" for corpus, values in result["perplexity"].items()
+        ]
         speed = result["speed"]["prompt_tokens_per_s"][key]
         table.add_row(state, str(layers), f"{parameters:,}", *ppls, f"{speed:,.0f}" if speed else "-")
     console.print(table)
+    console.print("in brackets: times the dense model's perplexity, 95 % bootstrap interval over the windows")
     steps = {"checkpoint": result["checkpoint"], "look": f"tsp ui   # then {run_link}"}
     if result["registered"]:
         name, version = result["registered"]["name"], result["registered"]["version"]
@@ -53,6 +56,13 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
         }
     for step, text in steps.items():
         console.print(f"{step:<11} {text}", soft_wrap=True)
+
+
+def _times_dense(result: dict[str, Any], corpus: str, state: str) -> str:
+    if state == "dense":
+        return ""
+    low, high = result["ppl_ratio_interval"][corpus][state]
+    return f" ({low:.2f} to {high:.2f})"
 
 
 def print_evaluation(result: dict[str, Any], stdout: TextIO) -> None:

@@ -17,7 +17,7 @@ def per_window(
     world_size: int = 1,
     total: Callable[[Tensor], Tensor] = lambda values: values,
     device: torch.device | str = "cpu",
-    name: str = "evaluate",
+    name: str | None = "evaluate",
 ) -> Tensor:
     """K numbers of each window, without gradient.
 
@@ -29,7 +29,7 @@ def per_window(
         world_size: ranks. Every rank makes the same number of calls, as sharded weights demand.
         total: sum of a tensor over the ranks.
         device: of the model.
-        name: of the phase, for the progress bar.
+        name: of the phase, for the progress bar; None: without one, within a phase that has its own.
 
     Returns:
         `[N, K]` fp64, the same on every rank.
@@ -37,7 +37,7 @@ def per_window(
     values_NK: Tensor | None = None
     starts = range(0, len(blocks_NT), batch_size * world_size)
     with torch.no_grad():
-        for start in phase(starts, name, len(starts), show=rank == 0):
+        for start in phase(starts, name or "", len(starts), show=rank == 0 and name is not None):
             first = start + rank * batch_size
             # A rank without windows of its own goes along with the first one and counts nothing.
             batch = blocks_NT[first : first + batch_size]

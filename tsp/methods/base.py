@@ -45,7 +45,7 @@ class Bench:
     global_step: int = 0
     trained_tokens: int = 0
 
-    def loss_without(self, bypassed: Collection[int], blocks_NT: Tensor, name: str) -> float:
+    def loss_without(self, bypassed: Collection[int], blocks_NT: Tensor, name: str | None = None) -> float:
         """Mean cross-entropy on some blocks with these layers bypassed, nats per token; the same on every rank."""
         assert self.model is not None, "measured while scoring"
         sharing = self.engine.sharing(self.config.eval.batch_size)

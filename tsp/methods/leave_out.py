@@ -36,4 +36,4 @@ def sleb(bench: Bench, num_drop: int) -> Scores:
 def _losses(bench: Bench, gone: list[int] | tuple[()], candidates: list[int], name: str) -> dict[int, float]:
     blocks = evenly_spread(bench.blocks_NT, bench.config.prune.score_blocks)
     shown = phase(candidates, name, len(candidates), show=bench.engine.is_first)
-    return {index: bench.loss_without({*gone, index}, blocks, f"without {index}") for index in shown}
+    return {index: bench.loss_without({*gone, index}, blocks) for index in shown}
