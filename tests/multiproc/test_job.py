@@ -27,8 +27,8 @@ SETTINGS = {
 }
 KEYS = {
     "schema", "run_id", "experiment", "status", "method", "transfer", "model", "num_layers", "dropped", "scores",
-    "perplexity", "ppl_ratio_interval", "parameters", "speed", "seconds", "peak_memory_gib", "weights_gib", "trained_tokens", "checkpoint",
-    "registered",
+    "perplexity", "ppl_ratio_interval", "parameters", "speed", "seconds", "peak_memory_gib", "weights_gib",
+    "trained_tokens", "checkpoint", "registered",
 }  # fmt: skip
 
 
