@@ -309,7 +309,7 @@ def table() -> str:
 Tiny random models of {len(rows)} model types of transformers {transformers.__version__}, each taken through discovery,
 gates, a step of stage 1, the drop of two layers that do not touch (in memory and on disk), reloading with transformers
 alone, and generation with and without cache: {works} work. No family is known by name; one that is not listed works if
-its structure allows, and is refused before anything starts if it does not. Made by `python -m tests.families`.
+its structure allows, and is refused with the reason if it does not. Made by `python -m tests.families`.
 
 | model type | | why |
 |---|---|---|

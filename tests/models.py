@@ -176,6 +176,22 @@ def model_folder(folder: Path, model: Any, dtype: torch.dtype = torch.float32) -
     return folder
 
 
+def sharded(folder: Path, num_shards: int) -> Path:
+    """The same folder with its weights in several files."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = list(weights), {}
+    for number in range(num_shards):
+        file = f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
+        mine = names[number::num_shards]
+        save_file({name: weights[name] for name in mine}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(mine, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
 def corpus_file(path: Path, blocks_NT: Tensor) -> Path:
     """Write tokens as a .jsonl corpus, one document a row."""
     rows = (" ".join(f"w{max(token, 2)}" for token in row) for row in blocks_NT.tolist())

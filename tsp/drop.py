@@ -13,7 +13,7 @@ from tsp.config import ModelConfig
 from tsp.errors import ConfigError, ModelError
 from tsp.progress import phase
 from tsp.shards import copy_tensors, read_header
-from tsp.source import Source, check_drop, open_source, weight_files
+from tsp.source import Source, check_drop, load_tokenizer, open_source, weight_files
 from tsp.surgery import kept_layers, mended_config, renamed
 from tsp.tracking.registry import located
 
@@ -62,6 +62,8 @@ def drop_to(model: str, dropped: Sequence[int], output: Path, *, root: Path, tru
     """
     require_new(output)
     source = open_source(located(ModelConfig(path=model, trust_remote_code=trust), root))
+    # Nothing could use the result without one.
+    load_tokenizer(source)
     try:
         return drop_layers(source, dropped, output)
     except OSError as error:

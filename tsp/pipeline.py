@@ -153,7 +153,7 @@ def _prune(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Pat
         decoder = load_model(engine.loading())
         weights_gib = engine.weights_gib(decoder.model)
     log.info("load: %d layers in %.1f s, %.4f GiB on rank 0", source.num_layers, watch.seconds["load"], weights_gib[0])
-    if source.text_only:
+    if source.text_only and engine.is_first:
         log.warning("%s holds more than a language model; the checkpoint will be the language model alone", source.name)
     bench = Bench(
         config=config,

@@ -3,19 +3,17 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from tests.models import logits, model_folder, tiny_model, tokens, without_layers
+from tests.models import logits, model_folder, sharded, tiny_model, tokens, without_layers
 from tsp.cli import main
 from tsp.config import ModelConfig
 from tsp.drop import drop_layers, layer_numbers
 from tsp.errors import ModelError
-from tsp.loaders import LOADERS, check_loader, places_in_gguf
 from tsp.shards import copy_tensors, read_header
 from tsp.source import open_source
 from tsp.verify import verify
@@ -32,20 +30,6 @@ def _no_ranks(monkeypatch):
 @pytest.fixture
 def dense(tmp_path):
     return model_folder(tmp_path / "dense", tiny_model())
-
-
-def sharded(folder: Path, num_shards: int) -> Path:
-    """The same folder with its weights in several files."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names, weight_map = list(weights), {}
-    for number in range(num_shards):
-        file = f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
-        mine = names[number::num_shards]
-        save_file({name: weights[name] for name in mine}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(mine, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
 
 
 def source_of(folder):
@@ -132,6 +116,11 @@ def bringing_code(folder):
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "x.Y"}}))
 
 
+def without_tokenizer(folder):
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
 def encoder_decoder(folder):
     import transformers
 
@@ -149,7 +138,8 @@ def encoder_decoder(folder):
         ("1", truncated, "missing or damaged"),
         ("1", naming_a_missing_shard, "missing or damaged"),
         ("1", bringing_code, "--trust-remote-code"),
-        ("1", encoder_decoder, "no causal language model"),
+        ("1", encoder_decoder, "t5 is an encoder-decoder"),
+        ("1", without_tokenizer, "has no usable tokenizer"),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(dense, tmp_path, layers, spoil, reason, capsys):
@@ -195,67 +185,6 @@ def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
     assert done.exit_code == 2
     assert "No space left on device" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
-
-
-class TestOtherLoaders:
-    @pytest.fixture
-    def pruned(self, dense, tmp_path):
-        return drop_layers(source_of(sharded(dense, 2)), DROPPED, tmp_path / "out")
-
-    def faults(self, folder, loader="vllm"):
-        return list(check_loader(loader, source_of(folder)))
-
-    @pytest.mark.parametrize("loader", LOADERS)
-    def test_a_good_one_has_no_faults(self, pruned, loader):
-        assert self.faults(pruned, loader) == []
-
-    def test_a_gap_in_the_numbers(self, pruned):
-        for path in pruned.glob("*.safetensors"):
-            names = {name: name.replace("layers.2.", "layers.4.") for name in read_header(path).tensors}
-            copy_tensors(path, path.with_suffix(".new"), names)
-            path.with_suffix(".new").rename(path)
-        found = self.faults(pruned)
-        assert "the layers' numbers have gaps: [0, 1, 4]" in found
-        assert any("the index and the files differ" in fault for fault in found)
-        assert any("lacks" in fault and "layers.4." in fault for fault in self.faults(pruned, "gguf"))
-
-    def test_a_stale_list_and_a_stale_count(self, pruned):
-        config = json.loads((pruned / "config.json").read_text())
-        stale = {"n_layer": 5, "extra_layer_types": ["full"] * 5, "architectures": None}
-        (pruned / "config.json").write_text(json.dumps(config | stale))
-        found = "; ".join(self.faults(pruned))
-        assert "config.json must count 3 layers" in found
-        assert "extra_layer_types has 5 entries for 3 layers" in found
-        assert "must name one architecture" in found
-
-    def test_gguf_can_be_written_from_it_and_read(self, pruned, tmp_path):
-        """With llama.cpp's own package: its names, numbers of layers from 0, and the same values."""
-        gguf = pytest.importorskip("gguf")
-        config = json.loads((pruned / "config.json").read_text())
-        places = places_in_gguf(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-        weights = {name: value for path in pruned.glob("*.safetensors") for name, value in load_file(path).items()}
-        names = {places.get_name(name, try_suffixes=(".weight", ".bias")): name for name in weights}
-        assert None not in names, names[None]
-        writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
-        writer.add_block_count(config["num_hidden_layers"])
-        for place, name in names.items():
-            writer.add_tensor(place, weights[name].float().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        found = gguf.GGUFReader(tmp_path / "model.gguf")
-        assert found.get_field("llama.block_count").contents() == 3
-        read = {tensor.name: torch.tensor(tensor.data) for tensor in found.tensors}
-        assert {name.split(".")[1] for name in read if name.startswith("blk.")} == {"0", "1", "2"}
-        assert len(read) == len(weights)
-        for place, name in names.items():
-            assert torch.equal(read[place].reshape(weights[name].shape), weights[name].float())
-
-    def test_an_unknown_loader_is_wrong_input(self, pruned):
-        done = CliRunner().invoke(main, ["verify", str(pruned), "--for", "vllm,ollama"])
-        assert done.exit_code == 2
-        assert "--for must be of vllm, gguf, got 'ollama'" in done.stderr
 
 
 class TestVerify:

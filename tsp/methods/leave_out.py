@@ -1,5 +1,7 @@
 """Selections that bypass a layer and look at the loss: ppl (once) and sleb (again after each drop)."""
 
+from collections.abc import Collection, Sequence
+
 from tsp.data import evenly_spread
 from tsp.methods.base import Bench
 from tsp.progress import phase
@@ -9,7 +11,7 @@ from tsp.selection import ascending
 
 def ppl(bench: Bench, num_drop: int) -> Scores:
     """The loss with one layer bypassed; the lowest go, at once (arXiv 2402.02834, section 2.1)."""
-    losses = _losses(bench, (), [*range(bench.decoder.num_layers)], "ppl")
+    losses = _losses(bench, (), range(bench.decoder.num_layers), "ppl")
     values = [losses[index] for index in range(bench.decoder.num_layers)]
     return Scores(method="ppl", values=tuple(values), order=tuple(ascending(values)))
 
@@ -33,7 +35,7 @@ def sleb(bench: Bench, num_drop: int) -> Scores:
     return Scores(method="sleb", values=values, order=(*dropped, *rest))
 
 
-def _losses(bench: Bench, gone: list[int] | tuple[()], candidates: list[int], name: str) -> dict[int, float]:
+def _losses(bench: Bench, gone: Collection[int], candidates: Sequence[int], name: str) -> dict[int, float]:
     blocks = evenly_spread(bench.blocks_NT, bench.config.prune.score_blocks)
     shown = phase(candidates, name, len(candidates), show=bench.engine.is_first)
     return {index: bench.loss_without({*gone, index}, blocks) for index in shown}

@@ -7,10 +7,11 @@ h_i is what layer i receives, `[B, T, D]`; h_L is what the last layer emits, bef
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tsp.data import evenly_spread
 from tsp.decoder import Decoder, hidden_in, hidden_out
@@ -23,7 +24,7 @@ from tsp.selection import ascending
 
 def shortgpt(bench: Bench, num_drop: int) -> Scores:
     """Block influence 1 - mean_t cos(h_i[t], h_{i+1}[t]); the lowest go, at once (arXiv 2403.03853, equation 1)."""
-    values = _distances(bench, 1, lambda a, b: (1 - F.cosine_similarity(a, b, dim=-1)).mean(dim=1), "shortgpt")
+    values = _distances(bench, 1, _turn, "shortgpt")
     return Scores(method="shortgpt", values=tuple(values), order=tuple(ascending(values)))
 
 
@@ -39,10 +40,12 @@ def angular(bench: Bench, num_drop: int) -> Scores:
 
 def streamline(bench: Bench, num_drop: int) -> Scores:
     """The block with the greatest mean_t cos(h_l[t], h_{l+n}[t]) goes (arXiv 2403.19135, selection only)."""
-    distances = _distances(
-        bench, num_drop, lambda a, b: (1 - F.cosine_similarity(a, b, dim=-1)).mean(dim=1), "streamline"
-    )
-    return _block(bench, num_drop, distances, "streamline")
+    return _block(bench, num_drop, _distances(bench, num_drop, _turn, "streamline"), "streamline")
+
+
+def _turn(a_BTD: Tensor, b_BTD: Tensor) -> Tensor:
+    """1 - mean_t cos, `[B]`."""
+    return 1 - F.cosine_similarity(a_BTD, b_BTD, dim=-1).mean(dim=1)
 
 
 def _distances(bench: Bench, span: int, distance: Callable[[Tensor, Tensor], Tensor], name: str) -> list[float]:
@@ -73,10 +76,10 @@ def _states(decoder: Decoder) -> Iterator[list[Tensor]]:
     """Collect h_0 ... h_L `[B, T, D]` of the forward pass inside the block."""
     states: list[Tensor] = []
 
-    def note(module: object, args: tuple, kwargs: dict, output: object) -> None:
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not states:
             states.append(hidden_in(args, kwargs))
-        states.append(hidden_out(output))  # type: ignore[arg-type]
+        states.append(hidden_out(output))
 
     handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in decoder.layers]
     try:
