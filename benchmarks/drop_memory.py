@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 GIB = 2**30
 NUM_SHARDS, NUM_LAYERS = 8, 16
 REPOSITORY = Path(__file__).parent.parent
+DEMO = REPOSITORY / "tsp" / "demo" / "model"
 
 
 def write_checkpoint(folder: Path) -> float:
@@ -32,6 +34,8 @@ def write_checkpoint(folder: Path) -> float:
     )  # fmt: skip
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
+    for path in DEMO.glob("tokenizer*"):
+        shutil.copy(path, folder)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).named_parameters()}
     shards: list[list[str]] = [[] for _ in range(NUM_SHARDS)]
