@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tsp.config import JobConfig, load_config
 from tsp.decoder import Decoder, find_decoder
-from tsp.engine import Engine, weights_dtype
+from tsp.engine import Engine
+from tsp.machine import weights_dtype
 from tsp.methods.base import Bench
 from tsp.sharding import resolve
 

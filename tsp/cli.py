@@ -15,7 +15,7 @@ from tsp.exits import exit_codes, run_passing_signals
 from tsp.options import (
     Command,
     Group,
-    config_from_options,
+    configs_from_options,
     is_given,
     job_options,
     layer_indices,
@@ -57,7 +57,7 @@ def prune(
 ) -> None:
     """Prune a model: `deepspeed launchers/prune.py` with the same options."""
     with exit_codes(debug=options["debug"]):
-        config_from_options(options)
+        configs_from_options(options)
         if options["dry_run"]:
             _prune(options, world_size=nproc or 1)
             return
@@ -205,20 +205,43 @@ def demo_train(output: Path, tokens: int | None, tiny: bool, compile: bool) -> N
 
 
 def _prune(options: dict[str, Any], world_size: int) -> None:
-    config = config_from_options(options)
-    from tsp.pipeline import prepare, prune
+    configs = configs_from_options(options)
+    root, ds_path, output = Path.cwd(), sharding_path(options), options["output"]
+    from tsp.job import prepare
     from tsp.report import print_plan, print_result
 
-    job = prepare(config, sharding_path(options), options["output"], root=Path.cwd(), world_size=world_size)
+    if configs[0][0]:
+        _sweep(options, configs, world_size)
+        return
+    job = prepare(configs[0][1], ds_path, output, root=root, world_size=world_size)
     if options["dry_run"]:
         if _is_first_rank():
             print_plan(job)
         return
-    result, links = prune(job, Path.cwd())
+    from tsp.pipeline import prune
+
+    result, links = prune(job, root)
     if _is_first_rank():
         from tsp.tracking.store import resolve_uri
 
-        print_result(result, links["run"], resolve_uri(Path.cwd()))
+        print_result(result, links["run"], resolve_uri(root))
+
+
+def _sweep(options: dict[str, Any], configs: list[tuple[dict[str, Any], Any]], world_size: int) -> None:
+    from tsp.report import print_plan, print_sweep
+    from tsp.sweep import prepare_sweep, run_sweep
+
+    root, ds_path, output = Path.cwd(), sharding_path(options), options["output"]
+    jobs = prepare_sweep(configs, ds_path, output, root=root, world_size=world_size)
+    if options["dry_run"]:
+        if _is_first_rank():
+            print_plan(*jobs)
+        return
+    children, links = run_sweep(jobs, root)
+    if _is_first_rank():
+        print_sweep(children, links["run"])
+    if any(child.status == "FAILED" for child in children):
+        sys.exit(1)
 
 
 def _world_size() -> int:
@@ -240,8 +263,12 @@ def _again(context: click.Context) -> list[str]:
             continue
         flag = parameter.opts[0]
         values = value if isinstance(value, tuple) else (value,)
-        words += [flag] if value is True else [word for item in values for word in (flag, str(item))]
+        words += [flag] if value is True else [word for item in values for word in (flag, _as_word(item))]
     return words
+
+
+def _as_word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,8 @@ class DataConfig(_Section):
     """Tokens per calibration sequence; None: min(2048, the model's positions)."""
     max_blocks: int | None = Field(128, ge=1)
     """Sequences to take from the corpus, evenly spread; None: all. 128 in the paper."""
+    tuning_blocks: int = Field(0, ge=0)
+    """Further sequences, neither trained nor reported on, whose loss after the transfer compares settings."""
 
 
 class EvalConfig(_Section):
@@ -171,6 +173,10 @@ class JobConfig(_Section):
     prune: PruneSection = PruneSection()
     transfer: Literal["stage2", "finetune", "distill", "none"] = "stage2"
     """How what the doomed layers know is moved: `finetune`, `distill`: drop first, then train as long as stage 2."""
+    budget_s: float | None = Field(None, gt=0)
+    """Seconds for selection and transfer together: the transfer trains until they are over; None: `stage2.steps`."""
+    save: bool = True
+    """Write, prove and register the pruned checkpoint; false: only measure."""
     train: TrainConfig = TrainConfig()
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
@@ -185,13 +191,18 @@ def load_config(layers: Iterable[Mapping[str, Any]]) -> JobConfig:
     Raises:
         ConfigError: unknown keys or values out of range; all of them in one message.
     """
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        _merge(merged, layer)
     try:
-        return JobConfig.model_validate(merged)
+        return JobConfig.model_validate(merged(layers))
     except ValidationError as error:
         raise ConfigError("; ".join(_fault(fault) for fault in error.errors())) from None
+
+
+def merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One mapping of all; later layers win."""
+    tree: dict[str, Any] = {}
+    for layer in layers:
+        _merge(tree, layer)
+    return tree
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -221,11 +232,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def number_to_drop(config: PruneSection, num_layers: int) -> int:
-    """How many layers go, in [1, L - 1].
+    """How many layers go, in [1, L - 1]; 0 for the method `dense`.
 
     Raises:
         ConfigError: the ratio gives none, or nothing would be left.
     """
+    if config.method == "dense":
+        return 0
     if config.drop is not None:
         return len(config.drop)
     if config.num_drop is not None:

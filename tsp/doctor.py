@@ -132,7 +132,7 @@ def check_cpu_op() -> Check:
     """Whether the first job on a CPU will have to compile; no fault if so."""
     if importlib.util.find_spec("torch") is None:
         return Check("deepspeed's CPU op", True, "unknown without torch")
-    from tsp.engine import compiled_cpu_op
+    from tsp.machine import compiled_cpu_op
 
     compiled = compiled_cpu_op()
     found = str(compiled) if compiled else "not compiled; the first job on a CPU waits about a minute for it, once"

@@ -17,7 +17,6 @@ import copy
 import gc
 import logging
 import os
-import resource
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,12 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from tsp.config import JobConfig, TrainConfig
+from tsp.machine import GIB, compiled_cpu_op, peak_gib, ranks_on_this_node, start_peak, weights_dtype
 
 log = logging.getLogger("tsp")
-
-GIB = 2**30
-CPU_OP = "deepspeed_shm_comm"
-"""What deepspeed 0.19 compiles at the first job on a CPU: reductions among ranks through shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +95,10 @@ class Engine:
             accelerator.set_device(int(os.environ["LOCAL_RANK"]))
         device = torch.device(accelerator.current_device_name())
         if device.type == "cpu":
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_node()))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_node()))
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.manual_seed(config.seed)
+        start_peak(device)
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if rank or not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
@@ -172,6 +169,21 @@ class Engine:
         with context:
             yield
 
+    @contextmanager
+    def restored(self, model: nn.Module) -> Iterator[None]:
+        """When the block ends the weights are what they were; each rank keeps a copy of its part in host memory."""
+        parameters: Iterable[Any] = model.parameters()
+        kept = [(parameter, _held(parameter).detach().to("cpu", copy=True)) for parameter in parameters]
+        try:
+            yield
+        finally:
+            for parameter, values in kept:
+                if hasattr(parameter, "ds_id") and parameter.data.numel():
+                    # ZeRO-3 leaves small parameters whole beside their shards.
+                    parameter.partition(has_been_updated=False)
+                _held(parameter).data.copy_(values)
+            model.requires_grad_(False)
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks, same shape; a new tensor."""
         total = values.detach().clone()
@@ -204,12 +216,8 @@ class Engine:
         return [round(gib, 6) for gib in self.every_rank(sum(_held_bytes(p) for p in model.parameters()) / GIB)]
 
     def peak_memory_gib(self) -> list[float]:
-        """Each rank's peak: allocated on the GPU, or resident on a CPU."""
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / GIB
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-        return [round(gib, 3) for gib in self.every_rank(peak)]
+        """Each rank's peak since `start`: allocated on the GPU, or resident on a CPU."""
+        return [round(gib, 3) for gib in self.every_rank(peak_gib(self.device))]
 
     def stop(self) -> None:
         """Leave the other processes."""
@@ -265,15 +273,9 @@ class Mounted:
                 group["lr"] = lr
 
 
-def _ranks_on_this_node() -> int:
-    """As DeepSpeed's launcher says it, or torchrun."""
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-
-
-def weights_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
-    """The dtype of the weights in memory that `model.dtype` means on this device."""
-    auto = "fp32" if device.type == "cpu" else "bf16"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[auto if config.model.dtype == "auto" else config.model.dtype]
+def _held(parameter: Any) -> Tensor:
+    """What this rank holds of a parameter: its shard under ZeRO-3, else all of it."""
+    return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter
 
 
 def _held_bytes(parameter: Tensor) -> int:
@@ -281,17 +283,3 @@ def _held_bytes(parameter: Tensor) -> int:
     if hasattr(parameter, "ds_tensor"):
         held = max(held, parameter.ds_tensor.numel())
     return held * parameter.element_size()
-
-
-def compiled_cpu_op() -> Path | None:
-    """The operation that deepspeed compiles at the first job on a CPU, where torch keeps it; None: not compiled yet."""
-    if torch.version.hip is not None:
-        build = f"rocm{torch.version.hip.replace('.', '')}"
-    else:
-        build = "cpu" if torch.version.cuda is None else f"cu{torch.version.cuda.replace('.', '')}"
-    # As torch.utils.cpp_extension has it.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    of_python = cache / f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{build}"
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or of_python)
-    compiled = folder / CPU_OP / f"{CPU_OP}.so"
-    return compiled if compiled.exists() else None

@@ -9,8 +9,9 @@ import torch
 from tsp.checkpoint import load
 from tsp.config import JobConfig
 from tsp.data import load_evaluation
-from tsp.engine import Engine, weights_dtype
+from tsp.engine import Engine
 from tsp.evaluation.perplexity import perplexity, window_losses
+from tsp.machine import weights_dtype
 from tsp.sharding import read_json, resolve
 from tsp.source import load_tokenizer, open_source
 from tsp.tracking.registry import located

@@ -30,13 +30,29 @@ _FIELDS = {
     "seed": "seed",
 }
 
+
+class OneOrMore(click.ParamType):
+    """A value, or several joined by commas: a list then, which makes a sweep."""
+
+    def __init__(self, kind: type) -> None:
+        self._kind = click.types.convert_type(kind)
+        self.name = self._kind.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = value.split(",") if isinstance(value, str) else [value]
+        values = [self._kind.convert(part, param, ctx) for part in parts]
+        return values if len(values) > 1 else values[0]
+
+
 _OPTIONS = [
     click.option("--ds", type=click.Path(path_type=Path), help="DeepSpeed JSON that says how to shard [zero3]."),
     click.option("--model", help="Hub id, folder or models:/name@alias [embedded demo model]."),
     click.option("--data", help="Calibration text: hub id, .txt/.jsonl/.parquet file, folder, or stdlib [stdlib]."),
     click.option("--eval-data", multiple=True, help="Corpus to measure on; repeatable [10 % held out of --data]."),
-    click.option("--method", help="tsp (default), or trsp, the paper's settings."),
-    click.option("--ratio", type=float, help="Share of the layers to drop [0.25]."),
+    click.option(
+        "--method", type=OneOrMore(str), help="tsp (default), trsp (the paper's settings) or a baseline; a,b: a sweep."
+    ),
+    click.option("--ratio", type=OneOrMore(float), help="Share of the layers to drop [0.25]; a,b: a sweep."),
     click.option("--num-drop", type=int, help="Number of layers to drop."),
     click.option("--drop", metavar="3,7,9", help="Drop exactly these 0-based layers."),
     click.option("--config", type=click.Path(path_type=Path), help="YAML that states what differs from the defaults."),
@@ -46,7 +62,9 @@ _OPTIONS = [
     click.option("--register", metavar="NAME", help="Name in the model registry [<model>-pruned]."),
     click.option("--no-register", is_flag=True, help="Do not register the pruned model."),
     click.option("--output", type=click.Path(path_type=Path), help="New folder [mlruns/output/<run id>]."),
-    click.option("--seed", type=int, help="Of the order of sequences and of start values [0]."),
+    click.option(
+        "--seed", type=OneOrMore(int), help="Of the order of sequences and of start values [0]; a,b: a sweep."
+    ),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
     click.option("--dry-run", is_flag=True, help="Print the resolved config and the plan, and exit."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
@@ -88,18 +106,34 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def config_from_options(options: Mapping[str, Any]) -> "JobConfig":
+def configs_from_options(options: Mapping[str, Any]) -> "list[tuple[dict[str, Any], JobConfig]]":
     """Merge defaults, demo, preset, `--config`, options and `--set`.
+
+    Returns:
+        Each job's config, with what a sweep varies and its values here; a single job is alone and varies nothing.
 
     Raises:
         ConfigError: unknown keys, values out of range, options that exclude each other.
     """
     # pydantic would take half of the time in which `tsp --help` answers.
-    from tsp.config import load_config, nest, parse_override
+    from tsp.config import merged
+    from tsp.grid import combinations, layers_of, varied
     from tsp.yaml12 import read_yaml
 
     _refuse_contradictions(options)
-    experiment_file = read_yaml(options["config"]) if options["config"] else {}
+    stated = [read_yaml(options["config"]) if options["config"] else {}, *_given(options)]
+    axes = varied(merged(stated))
+    jobs: dict[JobConfig, dict[str, Any]] = {}
+    for choice in combinations(axes):
+        # Two places of the grid may be the same job: without layers to drop there is but one ratio.
+        jobs.setdefault(_config([*stated, *layers_of(choice)], sweep=bool(axes)), choice)
+    return [(choice, config) for config, choice in jobs.items()]
+
+
+def _given(options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What the command line says, as layers of a config."""
+    from tsp.config import nest, parse_override
+
     given: list[Mapping[str, Any]] = [
         nest(field, list(options[option]) if option == "eval_data" else options[option])
         for option, field in _FIELDS.items()
@@ -107,14 +141,23 @@ def config_from_options(options: Mapping[str, Any]) -> "JobConfig":
     ]
     if options["drop"] is not None:
         given.append(nest("prune.drop", layer_indices("--drop", options["drop"])))
-    if options["no_register"]:
-        given.append(nest("tracking.register_model", False))
-    given += [parse_override(text) for text in options["overrides"]]
-    stated = load_config([experiment_file, *given])
-    layers = [_method_preset(stated.prune.method), experiment_file, *given]
-    if stated.model.path is None:
+    if options["register"] or options["no_register"]:
+        given.append(nest("tracking.register_model", not options["no_register"]))
+    return given + [parse_override(text) for text in options["overrides"]]
+
+
+def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
+    """The whole config from what was stated of it; a sweep registers nothing unless it is asked to."""
+    from tsp.config import load_config
+    from tsp.yaml12 import read_yaml
+
+    known = load_config(stated)
+    layers = [_method_preset(known.prune.method), *stated]
+    if known.prune.method == "dense":
+        layers.append({"prune": {"ratio": 0.25, "num_drop": None, "drop": None}})
+    if known.model.path is None:
         layers.insert(0, read_yaml(Path(__file__).parent / "demo" / "prune.yaml"))
-    return load_config(layers)
+    return load_config([{"tracking": {"register_model": not sweep}}, *layers])
 
 
 def sharding_path(options: Mapping[str, Any]) -> Path:

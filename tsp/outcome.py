@@ -12,16 +12,22 @@ import yaml
 
 from tsp import __version__
 from tsp.config import flatten
+from tsp.data import Corpus
 from tsp.engine import Engine
 from tsp.evaluation.confidence import ratio_interval
 from tsp.records import DropReport, Evaluation, Scores, Selection, write_json
 from tsp.tracking.registry import register_checkpoint
+from tsp.tracking.results import KIND_TAG
 from tsp.tracking.run import Tracker, start_run
 
 if TYPE_CHECKING:
-    from tsp.pipeline import Job
+    from tsp.job import Job
+    from tsp.shared import Stopwatch
 
 RESULT_SCHEMA = 1
+JOB_HASH = "job_hash"
+"""Tag by which a sweep knows the jobs that are done."""
+PHASES = ("load", "select", "transfer", "evaluate", "save")
 _VERSIONED = ("torch", "deepspeed", "transformers", "mlflow")
 _HEATMAPS = 12
 """Pictures of the gate heatmap's step slider."""
@@ -35,24 +41,31 @@ class Outcome:
     selection: Selection
     states: dict[str, Evaluation]
     """`dense`, `bare_drop`, `pruned`."""
-    drop: DropReport
+    drop: DropReport | None
+    """None: no checkpoint was written."""
     peak_memory_gib: list[float]
     weights_gib: list[float]
     trained_tokens: int
+    transfer_steps: int
+    tuning_loss: float | None
+    """Mean cross-entropy of the pruned model on the text set aside for tuning, nats per token."""
     gate_history: list[tuple[int, str, list[float]]]
+    watch: "Stopwatch"
 
 
-def open_run(job: "Job", engine: Engine, root: Path) -> Tracker:
-    """Start the run and log everything that is known before the first step."""
+def open_run(job: "Job", engine: Engine, root: Path, parent: str | None = None) -> Tracker:
+    """Start the run, below its sweep's if it has a parent, and log everything that is known before the first step."""
     config, source = job.config, job.source
     resolved = config.model_dump(mode="json")
     resolved_yaml = yaml.safe_dump(resolved, sort_keys=False)
     versions = {package: importlib.metadata.version(package) for package in _VERSIONED}
     name = f"{config.prune.method}-{Path(source.name).name}-{job.plan.num_drop}of{job.plan.num_layers}"
+    varied = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in job.varied.items())
     tracker = start_run(
         root,
         experiment=config.tracking.experiment,
-        run_name=config.tracking.run_name or name,
+        run_name=varied or config.tracking.run_name or name,
+        parent=parent,
         tags={
             "method": config.prune.method,
             "transfer": config.transfer,
@@ -60,6 +73,9 @@ def open_run(job: "Job", engine: Engine, root: Path) -> Tracker:
             "base_revision": source.revision or "",
             "world_size": str(engine.world_size),
             "zero_stage": str(engine.zero_stage),
+            KIND_TAG: "job",
+            "num_drop": str(job.num_drop),
+            JOB_HASH: job.hash,
             "config_hash": hashlib.sha256(resolved_yaml.encode()).hexdigest()[:16],
             "tsp_version": __version__,
             **{f"version.{package}": version for package, version in versions.items()},
@@ -75,25 +91,26 @@ def open_run(job: "Job", engine: Engine, root: Path) -> Tracker:
     return tracker
 
 
-def publish(
-    job: "Job", outcome: Outcome, tracker: Tracker, output: Path, seconds: dict[str, float], started: float
-) -> dict[str, Any]:
+def publish(job: "Job", outcome: Outcome, tracker: Tracker, output: Path, started: float) -> dict[str, Any]:
     """Log the outcome, register the checkpoint, write `result.json`; rank 0 only.
 
     Returns:
         The content of `result.json`.
     """
-    for name, record in {"scores": outcome.scores, "selection": outcome.selection, "drop": outcome.drop}.items():
+    records = {"scores": outcome.scores, "selection": outcome.selection}
+    if outcome.drop:
+        records["drop"] = outcome.drop
+    for name, record in records.items():
         write_json(record, output / f"{name}.json")
         tracker.artifact(output / f"{name}.json")
     for state, evaluation in outcome.states.items():
         write_json(evaluation, output / f"evaluation_{state}.json")
         tracker.artifact(output / f"evaluation_{state}.json")
-    result = _result(job, outcome, tracker, seconds)
+    result = _result(job, outcome, tracker)
     tracker.metrics(_metrics(result, outcome), step=_last_step(outcome))
-    tracker.tags({"dropped": ",".join(map(str, result["dropped"])), "round_trip": "ok"})
+    tracker.tags({"dropped": ",".join(map(str, result["dropped"]))} | ({"round_trip": "ok"} if outcome.drop else {}))
     _log_figures(tracker, outcome, output, job.source.name)
-    if job.config.tracking.register_model:
+    if outcome.drop and job.config.tracking.register_model:
         result["registered"] = _register(job, tracker, Path(outcome.drop.checkpoint), result)
     result["seconds"]["total"] = round(time.perf_counter() - started, 2)
     result["status"] = "FINISHED"
@@ -103,7 +120,7 @@ def publish(
     return result
 
 
-def _result(job: "Job", outcome: Outcome, tracker: Tracker, seconds: dict[str, float]) -> dict[str, Any]:
+def _result(job: "Job", outcome: Outcome, tracker: Tracker) -> dict[str, Any]:
     dropped = outcome.selection.doomed
     parameters = job.source.num_parameters
     corpora = [corpus.name for corpus in job.evals]
@@ -117,6 +134,11 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker, seconds: dict[str, f
         "transfer": job.config.transfer,
         "model": job.source.name,
         "num_layers": job.source.num_layers,
+        "num_drop": job.num_drop,
+        "seed": job.config.seed,
+        "settings": flatten(job.config.model_dump(mode="json")),
+        "calibration": _about(job.calibration, "num_blocks"),
+        "corpora": {corpus.name: _about(corpus, "num_windows") for corpus in job.evals},
         "dropped": list(dropped),
         "scores": list(outcome.scores.values),
         "perplexity": {
@@ -129,13 +151,22 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker, seconds: dict[str, f
             "pruned": parameters - sum(job.source.layer_parameters[index] for index in dropped),
         },
         "speed": {"prompt_tokens_per_s": speed},
-        "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
+        "seconds": {phase: round(outcome.watch.seconds.get(phase, 0.0), 2) for phase in PHASES},
+        "shared": sorted(outcome.watch.shared),
         "peak_memory_gib": outcome.peak_memory_gib,
         "weights_gib": outcome.weights_gib,
         "trained_tokens": outcome.trained_tokens,
-        "checkpoint": outcome.drop.checkpoint,
+        "stage2_steps": outcome.transfer_steps,
+        "tuning_loss": outcome.tuning_loss,
+        "checkpoint": outcome.drop.checkpoint if outcome.drop else None,
         "registered": None,
     }
+
+
+def _about(corpus: Corpus, count: str) -> dict[str, Any]:
+    num_blocks, block_tokens = corpus.blocks.shape
+    about = {"name": corpus.name, "fingerprint": corpus.fingerprint}
+    return about | {count: num_blocks, "block_tokens": block_tokens}
 
 
 def _ratio_intervals(outcome: Outcome, corpus: str) -> dict[str, tuple[float, float]]:
@@ -150,9 +181,14 @@ def _metrics(result: dict[str, Any], outcome: Outcome) -> dict[str, float]:
         "prune/parameters_ratio": result["parameters"]["pruned"] / result["parameters"]["dense"],
         "prune/loss_dense": outcome.selection.loss_dense,
         "prune/loss_bypassed": outcome.selection.loss_bypassed,
-        "prune/max_logit_difference": outcome.drop.max_logit_difference,
         "perf/peak_memory_gib": max(result["peak_memory_gib"]),
     }
+    if outcome.drop:
+        metrics["prune/max_logit_difference"] = outcome.drop.max_logit_difference
+    if outcome.tuning_loss is not None:
+        metrics["tune/loss"] = outcome.tuning_loss
+    metrics |= {f"perf/{phase}_s": seconds for phase, seconds in result["seconds"].items()}
+    metrics["prune/trained_tokens"] = outcome.trained_tokens
     ratios = {}
     for corpus, ppl in result["perplexity"].items():
         metrics |= {f"eval/{corpus}/ppl_{state}": value for state, value in ppl.items()}

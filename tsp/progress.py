@@ -13,13 +13,13 @@ Item = TypeVar("Item")
 log = logging.getLogger("tsp")
 
 
-def phase(items: Iterable[Item], name: str, total: int, *, show: bool = True) -> Iterator[Item]:
+def phase(items: Iterable[Item], name: str, total: int | None, *, show: bool = True) -> Iterator[Item]:
     """Yield the items, showing how far it is.
 
     Args:
         items: what is worked on.
         name: of the phase, e.g. `stage 1`.
-        total: number of items.
+        total: number of items; None: not known beforehand.
         show: False off rank 0.
     """
     if not show:
@@ -27,10 +27,12 @@ def phase(items: Iterable[Item], name: str, total: int, *, show: bool = True) ->
         return
     from tqdm import tqdm
 
-    started = time.perf_counter()
+    started, done = time.perf_counter(), 0
     # `disable=None` is tqdm's way to say: no bar where stderr is no terminal.
-    yield from tqdm(items, desc=name, total=total, file=sys.stderr, dynamic_ncols=True, leave=False, disable=None)
-    log.info("%s: %d steps in %.1f s", name, total, time.perf_counter() - started)
+    for item in tqdm(items, desc=name, total=total, file=sys.stderr, dynamic_ncols=True, leave=False, disable=None):
+        yield item
+        done += 1
+    log.info("%s: %d steps in %.1f s", name, done, time.perf_counter() - started)
 
 
 @contextmanager

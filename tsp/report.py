@@ -9,19 +9,41 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from tsp.pipeline import Job
+    from tsp.job import Job
+    from tsp.sweep import Child
 
 
-def print_plan(job: "Job", stdout: TextIO | None = None) -> None:
-    """The resolved config and the plan, as YAML."""
+def print_plan(*jobs: "Job", stdout: TextIO | None = None) -> None:
+    """The resolved config and the plan, as YAML; of a sweep those of each job."""
+    documents = [_plan(job) for job in jobs]
+    content = documents[0] if not jobs[0].varied else {"num_jobs": len(jobs), "jobs": documents}
+    yaml.safe_dump(content, stdout or sys.stdout, sort_keys=False)
+
+
+def _plan(job: "Job") -> dict[str, Any]:
     from tsp.plan import as_dict
 
-    document = {
+    return {
+        **({"varied": job.varied} if job.varied else {}),
         "plan": as_dict(job.plan),
         "config": job.config.model_dump(mode="json"),
         "deepspeed": json.loads(json.dumps(job.sharding)),
     }
-    yaml.safe_dump(document, stdout or sys.stdout, sort_keys=False)
+
+
+def print_sweep(children: "list[Child]", run_link: str, stdout: TextIO | None = None) -> None:
+    """How each job of a sweep ended."""
+    console = Console(file=stdout or sys.stdout, highlight=False)
+    table = Table(title=f"{len(children)} jobs")
+    for key in children[0].varied:
+        table.add_column(key.rpartition(".")[2])
+    for heading in ("status", "run", "reason"):
+        table.add_column(heading, overflow="fold")
+    for child in children:
+        values = map(str, child.varied.values())
+        table.add_row(*values, child.status.lower(), child.run_id or "-", child.reason or "")
+    console.print(table)
+    console.print(f"look        tsp ui   # then {run_link}", soft_wrap=True)
 
 
 def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: TextIO | None = None) -> None:

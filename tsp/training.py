@@ -4,6 +4,8 @@ The order of the sequences depends on the seed alone, not on the number of ranks
 any number of them, and its losses are means over that batch.
 """
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,12 +39,13 @@ def train(
     config: TrainConfig,
     *,
     num_steps: int,
+    seconds: float | None = None,
     seed: int,
     loss: LossFunction,
-    before_step: Callable[[int], None] = lambda step: None,
+    before_step: Callable[[int, int], None] = lambda step, num_steps: None,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> Iterator[StepStats]:
-    """Run `num_steps` steps.
+    """Run `num_steps` steps, or as many as fit into some seconds.
 
     Args:
         engine: averages the losses over the ranks.
@@ -50,15 +53,21 @@ def train(
         blocks_NT: calibration tokens `[N, T]` int64.
         config: global batch and accumulation.
         num_steps: optimizer steps.
+        seconds: instead of `num_steps`, by rank 0's clock; at least two steps are done.
         seed: of the order of the blocks.
         loss: of one micro-batch.
-        before_step: called with the step's number before its forward passes (schedules).
+        before_step: called with the step's number and the number of all steps before its forward passes (schedules);
+            of a training in seconds that is an estimate, made anew before each step.
         after_step: called after its backward passes (updates of what DeepSpeed does not train).
     """
     num_micro_batches = config.accumulation
-    for step in range(num_steps):
+    estimate = _fixed(num_steps) if seconds is None else _within(engine, num_steps, seconds)
+    for step in itertools.count():
+        total = estimate(step)
+        if step >= total:
+            return
         started = time.perf_counter()
-        before_step(step)
+        before_step(step, total)
         mine = blocks_NT[_mine(engine, step_indices(len(blocks_NT), config.batch_size, step, seed))].to(engine.device)
         sums: dict[str, Tensor] = {}
         for micro_batch in mine.chunk(num_micro_batches):
@@ -75,6 +84,29 @@ def train(
             seconds=time.perf_counter() - started,
             tokens=config.batch_size * blocks_NT.shape[1],
         )
+
+
+def _fixed(num_steps: int) -> Callable[[int], int]:
+    return lambda step: num_steps
+
+
+def _within(engine: Engine, guess: int, seconds: float) -> Callable[[int], int]:
+    """The number of steps that fit, from the time of those done; the first is not counted, for it warms up."""
+    started = first_done = time.perf_counter()
+
+    def estimate(step: int) -> int:
+        nonlocal first_done
+        now = time.perf_counter()
+        if step <= 1:
+            first_done = now
+        if step < 2:
+            return max(guess, 2)
+        each = (now - first_done) / (step - 1)
+        left = max(0.0, seconds - (now - started))
+        # Half a step over is as good as half a step under.
+        return engine.from_first(step + math.floor(left / each + 0.5))
+
+    return estimate
 
 
 def step_indices(num_blocks: int, batch_size: int, step: int, seed: int) -> Tensor:

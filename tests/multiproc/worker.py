@@ -18,8 +18,9 @@ import torch
 from tests.models import Recorder, job
 from tsp.checkpoint import load
 from tsp.config import ModelConfig
-from tsp.engine import Engine, weights_dtype
+from tsp.engine import Engine
 from tsp.gates import Gates
+from tsp.machine import weights_dtype
 from tsp.methods.base import Bench
 from tsp.methods.trsp.stage1 import score
 from tsp.methods.trsp.stage2 import transfer

@@ -15,7 +15,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 # A module imports only modules of its own floor and of those below. The longest prefix decides.
 FLOORS = {
-    "words": ("tsp", "tsp.errors", "tsp.yaml12", "tsp.config", "tsp.paths", "tsp.records", "tsp.progress", "tsp.demo"),
+    "words": (
+        "tsp",
+        "tsp.errors",
+        "tsp.yaml12",
+        "tsp.config",
+        "tsp.paths",
+        "tsp.records",
+        "tsp.progress",
+        "tsp.shared",
+        "tsp.demo",
+    ),
     "maths": ("tsp.penalties", "tsp.selection", "tsp.demo.card", "tsp.demo.corpus", "tsp.demo.muon"),
     "things": (
         "tsp.adapters",
@@ -26,6 +36,7 @@ FLOORS = {
         "tsp.evaluation",
         "tsp.figures",
         "tsp.gates",
+        "tsp.machine",
         "tsp.proof",
         "tsp.sharding",
         "tsp.shards",
@@ -34,7 +45,19 @@ FLOORS = {
     ),
     "machines": ("tsp.engine", "tsp.tracking", "tsp.training"),
     "methods": ("tsp.methods",),
-    "whole": ("tsp.drop", "tsp.evaluate", "tsp.loaders", "tsp.outcome", "tsp.pipeline", "tsp.plan", "tsp.verify"),
+    "whole": (
+        "tsp.choose",
+        "tsp.drop",
+        "tsp.evaluate",
+        "tsp.grid",
+        "tsp.job",
+        "tsp.loaders",
+        "tsp.outcome",
+        "tsp.pipeline",
+        "tsp.plan",
+        "tsp.sweep",
+        "tsp.verify",
+    ),
     "doors": (
         "tsp.__main__",
         "tsp.cli",

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from tsp import cli
 from tsp.cli import launched_prune, main
 from tsp.errors import TspError
-from tsp.options import config_from_options, sharding_path
+from tsp.options import configs_from_options, sharding_path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HELP_S = 2.0
@@ -46,6 +46,13 @@ def assert_wrong_input(done, reason):
 def options_of(*words):
     """What click makes of a command line of the launcher."""
     return launched_prune.make_context("prune", list(words)).params
+
+
+def config_from_options(options):
+    """The one job's config."""
+    [(varied, config)] = configs_from_options(options)
+    assert varied == {}
+    return config
 
 
 @pytest.fixture
@@ -143,7 +150,7 @@ def test_wrong_option_is_one_error_line(words, reason, launcher):
     ],
 )
 def test_wrong_input_is_found_before_anything_is_opened(words, reason, tmp_path):
-    from tsp.pipeline import prepare
+    from tsp.job import prepare
 
     (tmp_path / "clash.json").write_text(
         json.dumps({"train_batch_size": 5, "fp16": {"enabled": True}, "zero_optimization": {"stage": 3}})

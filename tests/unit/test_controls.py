@@ -44,7 +44,7 @@ def test_finetune_trains_the_model_that_is_built_without_the_layers():
         tokens = made.blocks_NT[step_indices(16, 8, step, seed=1)]
         loss = F.cross_entropy(smaller(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, made.config.stage2)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, made.config.stage2.steps, made.config.stage2)
         optimizer.step()
         optimizer.zero_grad()
     with made.decoder.bypassing(DOOMED):

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tsp import doctor
-from tsp.engine import CPU_OP
+from tsp.machine import CPU_OP
 from tsp.tracking.store import open_store
 from tsp.tracking.ui import store_condition
 

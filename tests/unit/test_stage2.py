@@ -228,8 +228,8 @@ def test_gate_and_learning_rate_schedules_by_hand():
     config = job(
         stage2__steps=100, stage2__lr=1.0, stage2__warmup_share=0.1, stage2__anneal_share=1.0, stage2__gates="anneal"
     ).stage2
-    assert [gate_value(step, config) for step in (0, 50, 99)] == pytest.approx([1, 0.5, 0.01])
-    rates = [learning_rate(step, config) for step in range(100)]
+    assert [gate_value(step, 100, config) for step in (0, 50, 99)] == pytest.approx([1, 0.5, 0.01])
+    rates = [learning_rate(step, 100, config) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert rates[10] == pytest.approx(1)
     assert rates[55] == pytest.approx(0.55, abs=1e-6)
@@ -242,7 +242,7 @@ def test_an_annealed_gate_never_is_left_open_at_the_drop():
     for steps in (1, 2, 3, 10):
         config = job(stage2__steps=steps, stage2__anneal_share=0.3, stage2__gates="anneal").stage2
         if steps > 1:
-            assert gate_value(steps - 1, config) == 0
+            assert gate_value(steps - 1, steps, config) == 0
 
 
 def test_accumulation_changes_no_loss():

@@ -76,7 +76,7 @@ def trained_weights(accumulation: int) -> torch.Tensor:
             num_steps=3,
             seed=0,
             loss=lambda ids: {"total": lm_loss(trained(ids), ids)},
-            before_step=lambda step: trained.set_lr(1e-3),
+            before_step=lambda step, num_steps: trained.set_lr(1e-3),
         )
         assert len(list(stats)) == 3
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
@@ -107,7 +107,7 @@ def test_hooks_are_called_around_the_passes_and_losses_are_means():
         num_steps=2,
         seed=0,
         loss=loss,
-        before_step=lambda step: order.append(f"before {step}"),
+        before_step=lambda step, num_steps: order.append(f"before {step}"),
         after_step=lambda step: order.append(f"after {step}"),
     )
     losses = [step.losses for step in stats]

@@ -5,10 +5,13 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tsp.errors import ConfigError
 from tsp.yaml12 import read_yaml
+
+if TYPE_CHECKING:
+    from tsp.config import JobConfig
 
 
 @dataclass(frozen=True)
@@ -19,25 +22,34 @@ class Entry:
     """`module:function`."""
     preset: Path | None
     summary: str
+    nested: bool = True
+    """The order for n layers begins with the orders for fewer (a greedy trace, a ranking), so one serves all ratios."""
+    seeded: bool = False
+    """The order depends on the seed."""
 
 
 _HERE = Path(__file__).parent
 # Published as selections only: nothing is trained unless a transfer is asked for.
 _BASELINE = _HERE / "baseline.yaml"
 
+_GATES = "tsp.methods.trsp.stage1:score"
+
 METHODS: Mapping[str, Entry] = {
-    "tsp": Entry("tsp.methods.trsp.stage1:score", None, "gates under a budget, then distillation into the kept layers"),
-    "trsp": Entry(
-        "tsp.methods.trsp.stage1:score", _HERE / "trsp" / "paper.yaml", "the paper: l1 gates, LM loss, gap penalty"
-    ),
+    "tsp": Entry(_GATES, None, "gates under a budget, then distillation into the kept layers", seeded=True),
+    "trsp": Entry(_GATES, _HERE / "trsp" / "paper.yaml", "the paper: l1 gates, LM loss, gap penalty", seeded=True),
     "shortgpt": Entry("tsp.methods.similarity:shortgpt", _BASELINE, "layers that turn the hidden state least"),
-    "angular": Entry("tsp.methods.similarity:angular", _BASELINE, "the block that turns the last token least"),
-    "streamline": Entry("tsp.methods.similarity:streamline", _BASELINE, "the block that turns the tokens least"),
+    "angular": Entry(
+        "tsp.methods.similarity:angular", _BASELINE, "the block that turns the last token least", nested=False
+    ),
+    "streamline": Entry(
+        "tsp.methods.similarity:streamline", _BASELINE, "the block that turns the tokens least", nested=False
+    ),
     "sleb": Entry("tsp.methods.leave_out:sleb", _BASELINE, "again and again the layer that is missed least"),
     "ppl": Entry("tsp.methods.leave_out:ppl", _BASELINE, "the layers that are missed least, one by one"),
     "magnitude": Entry("tsp.methods.simple:magnitude", _BASELINE, "layers with the smallest weights"),
-    "random": Entry("tsp.methods.simple:random", _BASELINE, "a seeded random choice"),
+    "random": Entry("tsp.methods.simple:random", _BASELINE, "a seeded random choice", seeded=True),
     "tail": Entry("tsp.methods.simple:tail", _BASELINE, "the last layers but the very last"),
+    "dense": Entry("tsp.methods.simple:dense", _HERE / "dense.yaml", "no layer goes: what fine-tuning alone reaches"),
 }
 
 
@@ -52,6 +64,13 @@ TRANSFERS: Mapping[str, str | None] = {
 def score_verb(method: str) -> Callable[..., Any]:
     """The verb `score` of a method."""
     return _function(METHODS[method].verb)
+
+
+def is_nested(config: "JobConfig") -> bool:
+    """Whether the method's order for n layers begins with its orders for fewer."""
+    entry = METHODS[config.prune.method]
+    # Gates under a budget are learned for a number of layers; those under a penalty are not.
+    return entry.nested and not (entry.verb == _GATES and config.stage1.schedule == "budget")
 
 
 def transfer_verb(name: str) -> Callable[..., Any] | None:

@@ -42,8 +42,14 @@ class Bench:
     protected: Collection[int] = ()
     gate_history: list[tuple[int, str, list[float]]] = field(default_factory=list)
     """`(global step, stage, gates [L])` of every logged step, for the figures."""
+    logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """What the tracker was told, by global step: a later job with the same selection tells it again."""
     global_step: int = 0
     trained_tokens: int = 0
+    seconds_left: float | None = None
+    """For the transfer; None: it trains for `stage2.steps`."""
+    transfer_steps: int = 0
+    """Optimizer steps that the transfer did."""
 
     def loss_without(self, bypassed: Collection[int], blocks_NT: Tensor, name: str | None = None) -> float:
         """Mean cross-entropy on some blocks with these layers bypassed, nats per token; the same on every rank."""
@@ -58,10 +64,12 @@ class Bench:
             values = {f"{stage}/gate/layer_{index:03d}": gate for index, gate in enumerate(gates)}
             values |= {f"{stage}/loss/{name}": loss for name, loss in stats.losses.items()}
             values |= {"perf/step_s": stats.seconds, "perf/tokens_per_s": stats.tokens / stats.seconds}
-            self.tracker.metrics(values | dict(more or {}), self.global_step)
+            self.logged.append((self.global_step, values | dict(more or {})))
+            self.tracker.metrics(self.logged[-1][1], self.global_step)
             self.gate_history.append((self.global_step, stage, gates))
         self.global_step += 1
         self.trained_tokens += stats.tokens
+        self.transfer_steps += stage == "stage2"
 
 
 class Method(Protocol):

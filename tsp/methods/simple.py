@@ -1,4 +1,4 @@
-"""Selections that need no text: random, tail, magnitude."""
+"""Selections that need no text: random, tail, magnitude; and dense, which drops nothing."""
 
 import torch
 
@@ -30,6 +30,11 @@ def magnitude(bench: Bench, num_drop: int) -> Scores:
                 size += float(parameter.detach().abs().sum(dtype=torch.float64))
         values.append(size)
     return Scores(method="magnitude", values=tuple(values), order=tuple(ascending(values)))
+
+
+def dense(bench: Bench, num_drop: int) -> Scores:
+    """No layer goes: with a transfer, the floor under what any pruned model can be compared with."""
+    return Scores(method="dense", values=(1.0,) * bench.decoder.num_layers, order=())
 
 
 def _ordered(method: str, order: list[int]) -> Scores:

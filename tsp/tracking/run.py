@@ -35,6 +35,7 @@ __all__ = ["NullTracker", "Tracker", "start_run"]
 
 DEFAULT_EXPERIMENT = "tsp"
 FAILURE_TAG = "tsp.failure"
+PARENT_TAG = "mlflow.parentRunId"
 DRAIN_S = 60.0
 """How long `finish` waits for MLflow to take what is left in the spool."""
 
@@ -184,6 +185,7 @@ def start_run(
     tags: Mapping[str, str],
     params: Mapping[str, Any],
     resume: str | None = None,
+    parent: str | None = None,
 ) -> Tracker:
     """Open the store and a run in it. Call it on rank 0 only.
 
@@ -197,6 +199,7 @@ def start_run(
         tags: added to mlflow's usual ones (user, source, git commit).
         params: flat settings.
         resume: id of a run of ours to go on with; it is RUNNING again, and closed by us.
+        parent: id of the run that this one is a child of; a run given by `MLFLOW_RUN_ID` is then the parent's.
 
     Raises:
         TrackingError: the store or the run cannot be used.
@@ -206,25 +209,31 @@ def start_run(
     from mlflow.tracking.context.registry import resolve_tags
 
     uri = resolve_uri(root)
-    all_tags = {**_tags_from_environment(), **tags}
+    all_tags = {**_tags_from_environment(), **tags, **({PARENT_TAG: parent} if parent else {})}
     open_store(uri, root)
     client = MlflowClient(uri)
-    given = os.environ.get("MLFLOW_RUN_ID")
+    given = None if parent else os.environ.get("MLFLOW_RUN_ID")
     try:
         if resume or given:
             run = _find_run(client, str(resume or given))
         else:
-            name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
-            run = client.create_run(ensure_experiment(client, name), tags=resolve_tags(), run_name=run_name)
-        experiment_name = client.get_experiment(run.info.experiment_id).name
+            run = client.create_run(
+                ensure_experiment(client, experiment_name(experiment)), tags=resolve_tags(), run_name=run_name
+            )
+        held_by = client.get_experiment(run.info.experiment_id).name
     except MlflowException as error:
         raise TrackingError(f"no run can be opened at {uri}: {error}") from error
-    tracker = Tracker(root, uri, run, experiment_name, owns_run=bool(resume) or not given)
+    tracker = Tracker(root, uri, run, held_by, owns_run=bool(resume) or not given)
     if resume:
         tracker._spool.append({"kind": "status", "status": "RUNNING", "time_ms": now_ms()})
     tracker.tags(all_tags)
     tracker.params(params)
     return tracker
+
+
+def experiment_name(given: str | None) -> str:
+    """What is given, else what the environment says, else `tsp`."""
+    return given or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
 
 
 def _find_run(client: "MlflowClient", run_id: str) -> "Run":

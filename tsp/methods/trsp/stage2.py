@@ -35,8 +35,10 @@ def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) 
         save_dtype: of the checkpoint to come.
     """
     config, engine, decoder = bench.config.stage2, bench.engine, bench.decoder
-    if config.steps == 0:
+    if config.steps == 0 or (bench.seconds_left is not None and bench.seconds_left <= 0):
         return
+    # The adapters' start values do not depend on what ran before in this process.
+    torch.manual_seed(bench.config.seed)
     _make_trainable(bench, doomed)
     gates = Gates(decoder, gated=doomed, recorded=doomed)
     optimizer = AdamW(weight_decay=config.weight_decay, clip=config.clip) if config.trainable != "none" else None
@@ -57,19 +59,19 @@ def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) 
     decoder.model.requires_grad_(False)
 
 
-def learning_rate(step: int, config: Stage2Config) -> float:
+def learning_rate(step: int, num_steps: int, config: Stage2Config) -> float:
     """Linear warm-up, then a half cosine from the peak to a tenth of it."""
-    warmup = config.warmup_share * config.steps
+    warmup = config.warmup_share * num_steps
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(config.steps - warmup, 1)
+    progress = (step - warmup) / max(num_steps - warmup, 1)
     return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def gate_value(step: int, config: Stage2Config) -> float:
+def gate_value(step: int, num_steps: int, config: Stage2Config) -> float:
     """What the doomed layers' gates are at a step."""
     if config.gates == "anneal":
-        return max(0.0, 1.0 - step / (config.anneal_share * config.steps))
+        return max(0.0, 1.0 - step / (config.anneal_share * num_steps))
     return {"hold": 1.0, "off": 0.0}[config.gates]
 
 
@@ -81,13 +83,14 @@ def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: C
     if own_gates:
         gates.values.requires_grad_(True)
 
-    def before_step(step: int) -> None:
-        model.set_lr(learning_rate(step, config))
+    def before_step(step: int, num_steps: int) -> None:
+        model.set_lr(learning_rate(step, num_steps, config))
         gap_sizes.zero_()
         if own_gates is None:
-            gates.values[doomed] = gate_value(step, config)
+            gate = gate_value(step, num_steps, config)
+            gates.values[doomed] = gate
             # A closed layer is not computed, and under ZeRO-3 not gathered either.
-            decoder.bypass(doomed if gate_value(step, config) == 0 else ())
+            decoder.bypass(doomed if gate == 0 else ())
 
     def after_step(step: int) -> None:
         if own_gates is not None and gates.values.grad is not None:
@@ -117,12 +120,13 @@ def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: C
         bench.blocks_NT,
         bench.config.train,
         num_steps=config.steps,
+        seconds=bench.seconds_left,
         seed=bench.config.seed + 1,
         loss=loss,
         before_step=before_step,
         after_step=after_step,
     )
-    for step in phase(stats, "stage 2", config.steps, show=engine.is_first):
+    for step in phase(stats, "stage 2", config.steps if bench.seconds_left is None else None, show=engine.is_first):
         gaps = dict(enumerate(engine.mean(gap_sizes).tolist()))
         bench.log("stage2", step, gates.readable(), {f"stage2/gap/layer_{index:03d}": gaps[index] for index in gaps})
 

@@ -1,0 +1,89 @@
+"""Choose the doomed layers: score by the method, cut the order, verify by the calibration loss, swap if asked for."""
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from tsp import selection
+from tsp.data import evenly_spread
+from tsp.job import Job
+from tsp.methods import METHODS, is_nested, score_verb
+from tsp.methods.base import Bench
+from tsp.records import Scores, Selection
+from tsp.shared import Shared, Stopwatch
+
+log = logging.getLogger("tsp")
+
+# What an order of the layers does not depend on.
+_AFTER_THE_ORDER = {"transfer", "stage2", "eval", "tracking", "data", "budget_s", "save", "seed"}
+_OF_THE_CUT = {"ratio", "num_drop", "drop", "verify_blocks", "swap_rounds"}
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """A method's order, and what its making left in the bench: another job with the same order tells the same."""
+
+    scores: Scores
+    logged: list[tuple[int, dict[str, float]]]
+    gate_history: list[tuple[int, str, list[float]]]
+    trained_tokens: int
+
+
+def choose(bench: Bench, job: Job, shared: Shared, watch: Stopwatch) -> tuple[Scores, Selection]:
+    """The scores and the selection; the model is mounted."""
+    scores = _given(job) if job.config.prune.drop is not None else _score(bench, job, shared, watch)
+    return scores, _select(bench, job, scores, shared, watch)
+
+
+def _given(job: Job) -> Scores:
+    given = job.config.prune.drop or ()
+    values = tuple(float(index not in given) for index in range(job.source.num_layers))
+    return Scores(method="given", values=values, order=tuple(given))
+
+
+def order_key(job: Job) -> tuple[Any, ...]:
+    """What the order of a job's layers depends on, beside the model and the number of layers to drop."""
+    config, entry = job.config, METHODS[job.config.prune.method]
+    settings = config.model_dump(mode="json", exclude=_AFTER_THE_ORDER)
+    settings["prune"] = {key: value for key, value in settings["prune"].items() if key not in _OF_THE_CUT}
+    return (str(settings), job.calibration.fingerprint, config.seed if entry.seeded else None)
+
+
+def _score(bench: Bench, job: Job, shared: Shared, watch: Stopwatch) -> Scores:
+    num_drop = job.trace_to if is_nested(job.config) else job.num_drop
+    made_here = False
+
+    def make() -> _Trace:
+        nonlocal made_here
+        made_here = True
+        scores = score_verb(job.config.prune.method)(bench, num_drop)
+        return _Trace(scores, list(bench.logged), list(bench.gate_history), bench.trained_tokens)
+
+    trace = shared.once(("order", num_drop, *order_key(job)), watch, "select", make)
+    if not made_here:
+        for step, values in trace.logged:
+            bench.tracker.metrics(values, step)
+        bench.gate_history = list(trace.gate_history)
+        bench.global_step = trace.logged[-1][0] + 1 if trace.logged else 0
+        bench.trained_tokens = trace.trained_tokens
+    return trace.scores
+
+
+def _select(bench: Bench, job: Job, scores: Scores, shared: Shared, watch: Stopwatch) -> Selection:
+    config = job.config.prune
+    protected = () if config.drop is not None else job.protected
+    blocks = evenly_spread(bench.blocks_NT, config.verify_blocks)
+
+    def loss(doomed: Collection[int]) -> float:
+        key = ("loss", job.calibration.fingerprint, config.verify_blocks, frozenset(doomed))
+        return shared.once(key, watch, "select", lambda: bench.loss_without(doomed, blocks, "verify"))
+
+    doomed = selection.cut(scores.order, job.num_drop, protected)
+    best, best_loss = doomed, loss(doomed)
+    if config.swap_rounds and config.drop is None and doomed:
+        best, best_loss = selection.swap_search(
+            doomed, bench.decoder.num_layers, loss, protected=protected, max_rounds=config.swap_rounds
+        )
+    log.info("doomed layers %s", ",".join(map(str, best)) or "none")
+    return Selection(doomed=best, loss_dense=loss(()), loss_bypassed=best_loss, swapped=best != doomed)

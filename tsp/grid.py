@@ -1,0 +1,61 @@
+"""A list where a setting takes one value makes a sweep: every combination of the lists is a job.
+
+`prune: {method: [tsp, sleb], ratio: [0.125, 0.25]}` in a YAML file, `--method tsp,sleb` and
+`--set transfer=[none,finetune]` on the command line are all the same. A setting that is a list itself
+(`eval.sources`, `prune.drop`) is varied by a list of lists.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from tsp.config import JobConfig, flatten, nest
+from tsp.errors import ConfigError
+
+
+def varied(settings: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The settings that are varied, by dotted key, with their values.
+
+    Args:
+        settings: nested, merged from all that the user stated.
+
+    Raises:
+        ConfigError: a list without values.
+    """
+    found = {key: value for key, value in flatten(settings).items() if isinstance(value, list) and _varies(key, value)}
+    empty = [key for key, values in found.items() if not values]
+    if empty:
+        raise ConfigError(f"{empty[0]} is a list without values; give at least one, or one value without a list")
+    return found
+
+
+def combinations(axes: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Every choice of one value per setting; the last setting changes fastest."""
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def layers_of(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A choice as layers of a config."""
+    return [nest(key, value) for key, value in choice.items()]
+
+
+def _varies(key: str, values: list[Any]) -> bool:
+    if not _takes_list(key):
+        return True
+    return bool(values) and all(isinstance(value, list) for value in values)
+
+
+def _takes_list(key: str) -> bool:
+    section: Any = JobConfig
+    for part in key.split("."):
+        field = getattr(section, "model_fields", {}).get(part)
+        if field is None:
+            return True  # No setting of ours: the config itself complains.
+        section = field.annotation
+    return any(get_origin(kind) in (tuple, list) or kind in (tuple, list) for kind in _alternatives(section))
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

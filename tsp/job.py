@@ -1,0 +1,183 @@
+"""A job that is checked and ready to run: what can be found wrong is found before anything is opened or written.
+
+    job = prepare(config, ds_path, output, root=Path.cwd(), world_size=1)
+
+The jobs of a sweep are prepared by one `Preparation`, which opens each model and corpus once.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tsp import selection
+from tsp.checkpoint import require_new
+from tsp.config import JobConfig, number_to_drop
+from tsp.data import Corpus, load_corpora
+from tsp.errors import ConfigError
+from tsp.machine import weights_dtype
+from tsp.plan import Plan, make_plan
+from tsp.sharding import read_json, resolve
+from tsp.source import Source, check_drop, load_tokenizer, open_source
+from tsp.tracking.registry import located
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checked job, ready to run."""
+
+    config: JobConfig
+    sharding: dict[str, Any]
+    source: Source
+    calibration: Corpus
+    tuning: Tensor | None
+    """Tokens `[N, T]` int64 on which settings are compared."""
+    evals: list[Corpus]
+    plan: Plan
+    output: Path | None
+    command: str
+    varied: dict[str, Any] = field(default_factory=dict)
+    """What a sweep varies, by dotted key, and the values here; empty: a job of its own."""
+    trace_to: int = 0
+    """The largest number of layers that a job of the sweep with the same selection drops."""
+
+    @property
+    def num_drop(self) -> int:
+        return self.plan.num_drop
+
+    @property
+    def protected(self) -> frozenset[int]:
+        """Layers that stay: those the user protects, and those without which others cannot run."""
+        return _protected(self.config, self.source)
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits that two jobs share if they do the same: settings, model files and texts, but not the names."""
+        settings = self.config.model_dump(mode="json", exclude={"tracking"})
+        weights = sorted(
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in self.source.folder.glob("*.safetensors")
+        )
+        corpora = [corpus.fingerprint for corpus in (self.calibration, *self.evals)]
+        return hashlib.sha256(json.dumps([settings, weights, corpora]).encode()).hexdigest()[:16]
+
+
+class Preparation:
+    """Makes jobs; the models and corpora that several jobs name are opened once."""
+
+    def __init__(self, ds_path: Path, *, root: Path, world_size: int) -> None:
+        """Read the DeepSpeed JSON.
+
+        Args:
+            ds_path: DeepSpeed JSON.
+            root: working directory; the registry of `models:/...` is the one of its store.
+            world_size: ranks.
+        """
+        self._content = read_json(ds_path)
+        self._root = root
+        self._world_size = world_size
+        self._sources: dict[str, Source] = {}
+        self._corpora: dict[str, tuple[Corpus, list[Corpus]]] = {}
+        self._droppable: set[tuple[str, tuple[int, ...]]] = set()
+
+    def job(self, config: JobConfig, output: Path | None, varied: dict[str, Any] | None = None) -> Job:
+        """Check config, DeepSpeed JSON, model files and corpora.
+
+        Args:
+            config: of the job.
+            output: folder to make; None: below `mlruns/`.
+            varied: what the sweep varies, and the values of this job.
+
+        Raises:
+            TspError: with exit code 2; nothing has been opened or written.
+        """
+        source = self._source(config)
+        self._check_layers(config, source)
+        dtype = weights_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        hidden_size = source.config.get_text_config(decoder=True).hidden_size
+        sharding = resolve(self._content, config, world_size=self._world_size, hidden_size=hidden_size, dtype=dtype)
+        corpus, evals = self._texts(config, source)
+        calibration, tuning = _set_aside(corpus, config.data.tuning_blocks)
+        plan = make_plan(
+            config,
+            source,
+            calibration,
+            evals,
+            world_size=self._world_size,
+            zero_stage=sharding["zero_optimization"]["stage"],
+            bytes_per_weight=dtype.itemsize,
+        )
+        return Job(
+            config=config,
+            sharding=sharding,
+            source=source,
+            calibration=calibration,
+            tuning=tuning,
+            evals=evals,
+            plan=plan,
+            output=output,
+            command=" ".join(sys.argv),
+            varied=varied or {},
+            trace_to=plan.num_drop,
+        )
+
+    def _source(self, config: JobConfig) -> Source:
+        key = config.model.model_dump_json()
+        if key not in self._sources:
+            self._sources[key] = open_source(located(config.model, self._root))
+        return self._sources[key]
+
+    def _texts(self, config: JobConfig, source: Source) -> tuple[Corpus, list[Corpus]]:
+        key = json.dumps([config.model_dump(mode="json", include={"model", "data", "eval"})])
+        if key not in self._corpora:
+            data = config.data
+            if data.max_blocks is not None:
+                data = data.model_copy(update={"max_blocks": data.max_blocks + data.tuning_blocks})
+            wanted = config.model_copy(update={"data": data})
+            self._corpora[key] = load_corpora(wanted, load_tokenizer(source), source.max_positions)
+        return self._corpora[key]
+
+    def _check_layers(self, config: JobConfig, source: Source) -> None:
+        num_drop = number_to_drop(config.prune, source.num_layers)
+        dropped = config.prune.drop
+        if num_drop == 0:
+            return
+        if dropped is None:
+            candidates = [index for index in range(source.num_layers) if index not in _protected(config, source)]
+            selection.cut(candidates, num_drop)
+            # It is not known yet which will go; a model that cannot lose just any is refused now.
+            dropped = tuple(candidates[(2 * n + 1) * len(candidates) // (2 * num_drop)] for n in range(num_drop))
+        key = (config.model.model_dump_json(), tuple(dropped))
+        if key not in self._droppable:
+            check_drop(source, dropped)
+            self._droppable.add(key)
+
+
+def prepare(config: JobConfig, ds_path: Path, output: Path | None, *, root: Path, world_size: int) -> Job:
+    """Check a single job; see `Preparation.job`."""
+    preparation = Preparation(ds_path, root=root, world_size=world_size)
+    if output is not None:
+        require_new(output)
+    return preparation.job(config, output)
+
+
+def _protected(config: JobConfig, source: Source) -> frozenset[int]:
+    ends = selection.protected_layers(source.num_layers, config.prune.protect_first, config.prune.protect_last)
+    return ends | source.read_by_others
+
+
+def _set_aside(corpus: Corpus, num_tuning: int) -> tuple[Corpus, Tensor | None]:
+    """Split off some evenly spread blocks."""
+    num_blocks = len(corpus.blocks)
+    if not num_tuning:
+        return corpus, None
+    if num_tuning >= num_blocks:
+        raise ConfigError(f"data.tuning_blocks must leave something of the {num_blocks} blocks, got {num_tuning}")
+    aside = torch.zeros(num_blocks, dtype=torch.bool)
+    aside[(2 * torch.arange(num_tuning) + 1) * num_blocks // (2 * num_tuning)] = True
+    return Corpus(corpus.name, corpus.source, corpus.blocks[~aside]), corpus.blocks[aside]

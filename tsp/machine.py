@@ -1,0 +1,58 @@
+"""What this process runs on: dtype of the weights, ranks of the node, peak memory, what deepspeed has compiled."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from tsp.config import JobConfig
+
+GIB = 2**30
+CPU_OP = "deepspeed_shm_comm"
+"""What deepspeed 0.19 compiles at the first job on a CPU: reductions among ranks through shared memory."""
+
+
+def ranks_on_this_node() -> int:
+    """As DeepSpeed's launcher says it, or torchrun."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def weights_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the weights in memory that `model.dtype` means on this device."""
+    auto = "fp32" if device.type == "cpu" else "bf16"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[auto if config.model.dtype == "auto" else config.model.dtype]
+
+
+def start_peak(device: torch.device) -> None:
+    """Forget the peak so far, so that each job of a sweep has its own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    # Not allowed in some containers: then it is the peak of the whole process.
+    with contextlib.suppress(OSError):
+        # Linux: 5 resets the peak of the resident memory (proc(5)).
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this process since `start_peak`: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024 / GIB
+
+
+def compiled_cpu_op() -> Path | None:
+    """The operation that deepspeed compiles at the first job on a CPU, where torch keeps it; None: not compiled yet."""
+    if torch.version.hip is not None:
+        build = f"rocm{torch.version.hip.replace('.', '')}"
+    else:
+        build = "cpu" if torch.version.cuda is None else f"cu{torch.version.cuda.replace('.', '')}"
+    # As torch.utils.cpp_extension has it.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    of_python = cache / f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}_{build}"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or of_python)
+    compiled = folder / CPU_OP / f"{CPU_OP}.so"
+    return compiled if compiled.exists() else None

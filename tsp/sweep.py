@@ -1,0 +1,176 @@
+"""Many jobs in one launch: the model is loaded once, and what several jobs need is measured once.
+
+Each job is a child run of one parent run. A sweep that is started again skips the jobs that are finished in its
+experiment, tries those that failed last, and goes on after a failure.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tsp.checkpoint import require_new
+from tsp.choose import order_key
+from tsp.config import JobConfig
+from tsp.engine import Engine
+from tsp.errors import ConfigError, TspError
+from tsp.job import Job, Preparation
+from tsp.outcome import JOB_HASH
+from tsp.pipeline import run_job
+from tsp.shared import Shared
+from tsp.tracking.null import NullTracker
+from tsp.tracking.results import KIND_TAG, runs_by_tag
+from tsp.tracking.run import Tracker, start_run
+
+log = logging.getLogger("tsp")
+
+_SWEEP_HASH = "sweep_hash"
+
+
+@dataclass(frozen=True)
+class Child:
+    """How one job of a sweep ended."""
+
+    varied: dict[str, Any]
+    status: str
+    """`FINISHED`, `FAILED`, or `SKIPPED`: finished in an earlier launch."""
+    run_id: str | None
+    reason: str | None = None
+
+
+def prepare_sweep(
+    configs: Iterable[tuple[dict[str, Any], JobConfig]],
+    ds_path: Path,
+    output: Path | None,
+    *,
+    root: Path,
+    world_size: int,
+) -> list[Job]:
+    """Check every job of a sweep before the first one starts.
+
+    Args:
+        configs: what is varied, its values, and the config of each job.
+        ds_path: DeepSpeed JSON.
+        output: folder that is to hold a folder per job; None: below `mlruns/`.
+        root: working directory.
+        world_size: ranks.
+
+    Raises:
+        TspError: with exit code 2 and the job that is wrong; nothing has been opened or written.
+    """
+    preparation = Preparation(ds_path, root=root, world_size=world_size)
+    jobs: list[Job] = []
+    for varied, config in configs:
+        folder = output / _folder_name(varied) if output else None
+        try:
+            if folder is not None and not _is_ours(folder):
+                require_new(folder)
+            jobs.append(preparation.job(config, folder, varied))
+        except TspError as error:
+            raise type(error)(f"{error} (in the job {_in_words(varied)})") from None
+    if len({job.config.tracking.experiment for job in jobs}) > 1:
+        raise ConfigError("tracking.experiment must be the same for all jobs of a sweep; it cannot be varied")
+    # One model after the other.
+    models = list(dict.fromkeys(job.config.model for job in jobs))
+    jobs.sort(key=lambda job: models.index(job.config.model))
+    return _with_traces(jobs)
+
+
+def run_sweep(jobs: Sequence[Job], root: Path) -> tuple[list[Child], dict[str, str]]:
+    """Run what is left of a sweep on this rank; the same call on every rank.
+
+    Args:
+        jobs: from `prepare_sweep`.
+        root: working directory.
+
+    Returns:
+        How each job ended, in the order of `jobs`; and on rank 0 where to look at the parent run in MLflow's UI.
+    """
+    engine = Engine.start(jobs[0].config, jobs[0].sharding)
+    finished, failed = engine.from_first(_earlier(jobs, root) if engine.is_first else None)
+    left = sorted((job for job in jobs if job.hash not in finished), key=lambda job: job.hash in failed)
+    tracker: Tracker | NullTracker = _open_parent(jobs, root) if engine.is_first else NullTracker()
+    parent = engine.from_first(tracker.run_id)
+    children = {job.hash: Child(job.varied, "SKIPPED", finished[job.hash]) for job in jobs if job.hash in finished}
+    try:
+        shared = Shared()
+        for number, job in enumerate(left, start=1):
+            log.warning("job %d of %d: %s", number, len(left), _in_words(job.varied)) if engine.is_first else None
+            if number > 1 and job.config.model != left[number - 2].config.model:
+                shared = Shared()
+            shared.more_to_come = number < len(left) and left[number].config.model == job.config.model
+            children[job.hash], shared = _attempt(job, root, shared, parent)
+    except BaseException as error:
+        killed = isinstance(error, KeyboardInterrupt)
+        tracker.finish("KILLED" if killed else "FAILED", reason=f"{type(error).__name__}: {error}"[:500])
+        raise
+    ended = [children[job.hash] for job in jobs]
+    num_failed = sum(child.status == "FAILED" for child in ended)
+    tracker.finish(*(("FAILED", f"{num_failed} of {len(jobs)} jobs failed") if num_failed else ("FINISHED",)))
+    engine.stop()
+    return ended, tracker.links()
+
+
+def _attempt(job: Job, root: Path, shared: Shared, parent: str) -> tuple[Child, Shared]:
+    """Run a job; after a failure the model in memory is not to be trusted, and nothing is shared with what follows."""
+    engine = Engine.start(job.config, job.sharding)
+    try:
+        result, _ = run_job(job, engine, root, shared, parent)
+    except Exception as error:
+        # What is wrong with a job is wrong on every rank; anything else may have struck one rank alone, for which the
+        # others would wait in vain.
+        if engine.world_size > 1 and not isinstance(error, TspError):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+        if engine.is_first:
+            log.warning("job failed, going on: %s: %s", _in_words(job.varied), reason)
+        return Child(job.varied, "FAILED", None, reason), Shared()
+    return Child(job.varied, "FINISHED", result["run_id"]), shared
+
+
+def _with_traces(jobs: list[Job]) -> list[Job]:
+    """Jobs with the same selection but for the number of layers know the largest number."""
+    longest: dict[Any, int] = {}
+    for job in jobs:
+        key = (job.config.model, order_key(job))
+        longest[key] = max(longest.get(key, 0), job.num_drop)
+    return [replace(job, trace_to=longest[job.config.model, order_key(job)]) for job in jobs]
+
+
+def _earlier(jobs: Sequence[Job], root: Path) -> tuple[dict[str, str], set[str]]:
+    """Run ids of the finished jobs by hash, and the hashes of those that failed."""
+    experiment = jobs[0].config.tracking.experiment
+    finished = runs_by_tag(root, experiment, JOB_HASH, status="FINISHED")
+    failed = set(runs_by_tag(root, experiment, JOB_HASH, status="FAILED")) - set(finished)
+    return finished, failed
+
+
+def _open_parent(jobs: Sequence[Job], root: Path) -> Tracker:
+    """The parent run; that of an earlier launch of the same sweep goes on."""
+    tracking = jobs[0].config.tracking
+    sweep_hash = hashlib.sha256("".join(sorted(job.hash for job in jobs)).encode()).hexdigest()[:16]
+    axes = {key: sorted({str(job.varied[key]) for job in jobs}) for key in jobs[0].varied}
+    return start_run(
+        root,
+        experiment=tracking.experiment,
+        run_name=tracking.run_name or f"sweep of {len(jobs)} jobs: {', '.join(axes)}",
+        tags={KIND_TAG: "sweep", _SWEEP_HASH: sweep_hash},
+        params={key: ", ".join(values) for key, values in axes.items()},
+        resume=runs_by_tag(root, tracking.experiment, _SWEEP_HASH).get(sweep_hash),
+    )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Left by a job of this sweep that did not finish."""
+    return (folder / "job.log").is_file() and not (folder / "result.json").exists() and not (folder / "model").exists()
+
+
+def _in_words(varied: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in varied.items())
+
+
+def _folder_name(varied: dict[str, Any]) -> str:
+    return re.sub(r"[^\w.=-]+", "-", "_".join(f"{key.rpartition('.')[2]}={value}" for key, value in varied.items()))
