@@ -19,17 +19,21 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tsp.config import JobConfig, TrainConfig
+from tsp.errors import TspError
 from tsp.machine import GIB, compiled_cpu_op, peak_gib, ranks_on_this_node, start_peak, weights_dtype
+from tsp.mounted import Mounted
+
+Value = TypeVar("Value")
 
 log = logging.getLogger("tsp")
 
@@ -144,6 +148,7 @@ class Engine:
             return
         import deepspeed
 
+        hooks = [dict(held) for held in _hooks(model)]
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=trainable or None,
@@ -153,6 +158,11 @@ class Engine:
             yield Mounted(model, engine if optimizer else None, self._accumulation)
         finally:
             engine.destroy()
+            # deepspeed 0.19 leaves two hooks on the model, which would keep engine and optimizer in memory.
+            for held, before in zip(_hooks(model), hooks, strict=True):
+                for key in held.keys() - before.keys():
+                    del held[key]
+            del engine
             gc.collect()
 
     @contextmanager
@@ -211,6 +221,19 @@ class Engine:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_first(self, make: Callable[[], Value]) -> Value:
+        """What rank 0's call returns, on every rank; an error of it is raised on every rank."""
+        value, error = None, None
+        if self.is_first:
+            try:
+                value = make()
+            except Exception as raised:  # noqa: BLE001  The others would wait for rank 0's word forever.
+                error = raised
+        value, told = self.from_first((value, error if error is None else _plain(error)))
+        if told is not None:
+            raise error or told
+        return value
+
     def weights_gib(self, model: nn.Module) -> list[float]:
         """GiB of weights that each rank holds between two steps."""
         return [round(gib, 6) for gib in self.every_rank(sum(_held_bytes(p) for p in model.parameters()) / GIB)]
@@ -241,36 +264,13 @@ class Engine:
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-class Mounted:
-    """A model that can run; call it with tokens `[B, T]` int64 for logits `[B, T, V]`."""
+def _plain(error: Exception) -> Exception:
+    """The error as other processes can read it."""
+    return error if isinstance(error, TspError) else RuntimeError(f"rank 0: {type(error).__name__}: {error}")
 
-    def __init__(self, model: nn.Module, engine: Any, accumulation: int) -> None:
-        self.model = model
-        self._engine = engine
-        self._accumulation = accumulation
 
-    def __call__(self, tokens_BT: Tensor) -> Tensor:
-        # Without an optimizer DeepSpeed's own forward forbids a backward; its ZeRO-3 hooks sit on the module.
-        runner = self._engine or self.model
-        return runner(input_ids=tokens_BT, use_cache=False).logits
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's mean loss; the gradients of a step's micro-batches are averaged."""
-        if self._engine is not None:
-            self._engine.backward(loss)
-        elif loss.requires_grad:
-            (loss / self._accumulation).backward()
-
-    def end_micro_batch(self) -> None:
-        """After each backward; at the last micro-batch of a step DeepSpeed's optimizer steps."""
-        if self._engine is not None:
-            self._engine.step()
-
-    def set_lr(self, lr: float) -> None:
-        """The learning rate of the step that follows."""
-        if self._engine is not None:
-            for group in self._engine.optimizer.param_groups:
-                group["lr"] = lr
+def _hooks(model: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return model._forward_pre_hooks, model._forward_hooks
 
 
 def _held(parameter: Any) -> Tensor:

@@ -19,13 +19,14 @@ from tsp.checkpoint import load, prove, save_without
 from tsp.choose import choose
 from tsp.config import ModelConfig
 from tsp.decoder import Decoder
-from tsp.engine import Engine, Mounted
+from tsp.engine import Engine
 from tsp.errors import ModelError
 from tsp.evaluation.perplexity import perplexity, window_losses
 from tsp.evaluation.speed import prompt_tokens_per_s
 from tsp.job import Job
 from tsp.methods import transfer_verb
 from tsp.methods.base import Bench
+from tsp.mounted import Mounted
 from tsp.outcome import Outcome, open_run, publish
 from tsp.progress import logging_to
 from tsp.records import DropReport, Evaluation
@@ -70,9 +71,15 @@ def run_job(
     Returns:
         As `prune`.
     """
-    tracker: Tracker | NullTracker = open_run(job, engine, root, parent) if engine.is_first else NullTracker()
+    tracker: Tracker | NullTracker = NullTracker()
+
+    def open_own() -> str:
+        nonlocal tracker
+        tracker = open_run(job, engine, root, parent)
+        return tracker.run_id
+
+    run_id = engine.on_first(open_own)
     try:
-        run_id = engine.from_first(tracker.run_id)
         output = (job.output or root / "mlruns" / "output" / run_id).absolute()
         with logging_to(output / "job.log" if engine.is_first else None):
             result = _run(job, engine, tracker, output, shared)
@@ -107,7 +114,7 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
         check_drop(job.source, doomed)
         with decoder.bypassing(doomed):
             bare_drop = shared.once(
-                (*measured, doomed), watch, "evaluate", lambda: _evaluate(job, engine, model, "bare drop")
+                (*measured, *doomed), watch, "evaluate", lambda: _evaluate(job, engine, model, "bare drop")
             )
         bench.model = None
     transfer = transfer_verb(job.config.transfer)
@@ -142,10 +149,12 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
         gate_history=bench.gate_history,
         watch=watch,
     )
-    result = None
-    if isinstance(tracker, Tracker):
-        result = publish(job, outcome, tracker, output, started)
-    return engine.from_first(result)
+
+    def told() -> dict[str, Any]:
+        assert isinstance(tracker, Tracker)
+        return publish(job, outcome, tracker, output, started)
+
+    return engine.on_first(told)
 
 
 def _load(job: Job, engine: Engine) -> Decoder:
@@ -182,7 +191,7 @@ def _save(
     """Write the checkpoint and prove it in a fresh process."""
     source = job.source
     save_without(decoder, source, dropped, checkpoint, gathered=engine.gathered, write=engine.is_first)
-    return engine.from_first(_prove(checkpoint, tokens, logits, dropped, source) if engine.is_first else None)
+    return engine.on_first(lambda: _prove(checkpoint, tokens, logits, dropped, source))
 
 
 def _prove(checkpoint: Path, tokens: Tensor, logits: Tensor, dropped: Sequence[int], source: Source) -> DropReport:

@@ -51,7 +51,7 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
     console = Console(file=stdout or sys.stdout, highlight=False)
     dropped = result["dropped"]
     kept = result["num_layers"] - len(dropped)
-    table = Table(title=f"{result['model']} without layers {', '.join(map(str, dropped))}")
+    table = Table(title=f"{result['model']} without layers {', '.join(map(str, dropped)) or 'none'}")
     for heading in ("", "layers", "parameters", *(f"ppl {corpus}" for corpus in result["perplexity"]), "tokens/s"):
         table.add_column(heading, justify="left" if not heading else "right")
     for state, layers, parameters in (
@@ -67,7 +67,8 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
         table.add_row(state, str(layers), f"{parameters:,}", *ppls, f"{speed:,.0f}" if speed else "-")
     console.print(table)
     console.print("in brackets: times the dense model's perplexity, 95 % bootstrap interval over the windows")
-    steps = {"checkpoint": result["checkpoint"], "look": f"tsp ui   # then {run_link}"}
+    steps = {"checkpoint": result["checkpoint"]} if result["checkpoint"] else {}
+    steps |= {"look": f"tsp ui   # then {run_link}"}
     if result["registered"]:
         name, version = result["registered"]["name"], result["registered"]["version"]
         steps |= {

@@ -90,7 +90,7 @@ def run_sweep(jobs: Sequence[Job], root: Path) -> tuple[list[Child], dict[str, s
         How each job ended, in the order of `jobs`; and on rank 0 where to look at the parent run in MLflow's UI.
     """
     engine = Engine.start(jobs[0].config, jobs[0].sharding)
-    finished, failed = engine.from_first(_earlier(jobs, root) if engine.is_first else None)
+    finished, failed = engine.on_first(lambda: _earlier(jobs, root))
     left = sorted((job for job in jobs if job.hash not in finished), key=lambda job: job.hash in failed)
     tracker: Tracker | NullTracker = _open_parent(jobs, root) if engine.is_first else NullTracker()
     parent = engine.from_first(tracker.run_id)

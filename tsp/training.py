@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tsp.config import TrainConfig
-from tsp.engine import Engine, Mounted
+from tsp.engine import Engine
+from tsp.mounted import Mounted
 
 # Takes tokens [b, T]; returns the parts of the loss, each `[]`; `total` is what is differentiated.
 LossFunction = Callable[[Tensor], dict[str, Tensor]]

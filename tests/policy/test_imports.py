@@ -43,7 +43,7 @@ FLOORS = {
         "tsp.source",
         "tsp.surgery",
     ),
-    "machines": ("tsp.engine", "tsp.tracking", "tsp.training"),
+    "machines": ("tsp.engine", "tsp.mounted", "tsp.tracking", "tsp.training"),
     "methods": ("tsp.methods",),
     "whole": (
         "tsp.choose",

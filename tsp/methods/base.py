@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tsp.config import JobConfig
 from tsp.decoder import Decoder
-from tsp.engine import Engine, Mounted
+from tsp.engine import Engine
 from tsp.evaluation.perplexity import window_losses
+from tsp.mounted import Mounted
 from tsp.records import Scores
 from tsp.training import StepStats
 

@@ -1,0 +1,188 @@
+"""A sweep in one launch: each job gives what it gives alone, failures are left behind, and finished jobs are not done again."""
+
+import json
+
+import pytest
+
+from tests.models import REPOSITORY, corpus_file, model_folder, sample, tiny_model
+from tsp.tracking.store import resolve_uri
+
+pytestmark = pytest.mark.multiproc
+
+SETTINGS = (
+    *("data.block_tokens=16", "eval.block_tokens=16", "eval.speed_runs=0", "stage2.lora.rank=4", "save=false"),
+    *("stage1.steps=4", "stage2.steps=3", "stage1.schedule=one-shot", "budget_s=null", "stage2.lr=0.01"),
+)
+GRID = (
+    *("--method", "tsp,shortgpt,tail,dense", "--ratio", "0.2,0.4"),
+    *("--set", "transfer=[none, stage2, finetune]", "--set", "stage2.trainable=[lora, full]"),
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    place = tmp_path_factory.mktemp("inputs")
+    model = tiny_model()
+    return model_folder(place / "tiny", model), corpus_file(place / "text.jsonl", sample(model, 120, 16))
+
+
+@pytest.fixture(scope="module")
+def prune(inputs, launch):
+    """Start jobs on the tiny model."""
+
+    def start(cwd, *words, num_ranks=1, script="launchers/prune.py"):
+        model, text = inputs
+        common = ("--model", model, "--data", text, *(word for text in SETTINGS for word in ("--set", text)))
+        ds = REPOSITORY / "ds_configs/zero3.json"
+        return launch(REPOSITORY / script, "--ds", ds, *common, *words, num_ranks=num_ranks, cwd=cwd)
+
+    return start
+
+
+def results(root):
+    """`result.json` of all jobs, by method, number of layers, transfer and what is trained."""
+    found = {}
+    for path in (root / "mlruns/output").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        key = (result["method"], result["num_drop"], result["transfer"], result["settings"]["stage2.trainable"])
+        assert key not in found
+        found[key] = result
+    return found
+
+
+@pytest.fixture(scope="module")
+def sweep(prune, tmp_path_factory):
+    root = tmp_path_factory.mktemp("sweep")
+    return root, prune(root, *GRID, "--experiment", "grid", script="tests/multiproc/faulty_prune.py")
+
+
+@pytest.fixture(scope="module")
+def client(sweep):
+    from mlflow import MlflowClient
+
+    return MlflowClient(resolve_uri(sweep[0]))
+
+
+def test_every_job_ran_but_the_faulty_ones_and_the_exit_code_says_so(sweep):
+    root, done = sweep
+    assert done.returncode == 1, done.stderr[-3000:]
+    found = results(root)
+    wanted = {
+        (method, num_drop, transfer, trainable)
+        for method, num_drop in (("tsp", 1), ("tsp", 2), ("shortgpt", 1), ("shortgpt", 2), ("dense", 0))
+        for transfer in ("none", "stage2", "finetune")
+        for trainable in ("lora", "full")
+    }
+    assert set(found) == wanted
+    assert "ModelError: no tail today" in done.stderr
+
+
+def test_the_model_is_loaded_once_and_what_is_shared_is_measured_once(sweep):
+    root, done = sweep
+    assert done.stderr.count("load: 5 layers") == 1 + sum(
+        key[2:] == ("stage2", "full") for key in results(root)
+    ) + done.stderr.count("job failed"), "once, again for each teacher, and after each failure"
+    failures = done.stderr.count("job failed")
+    assert failures == 12
+    for key, result in results(root).items():
+        assert result["checkpoint"] is None
+        assert result["registered"] is None
+        assert (
+            result["perplexity"]["text"]["dense"]
+            == results(root)["dense", 0, "none", "lora"]["perplexity"]["text"]["dense"]
+        )
+        if key[0] == "dense":
+            assert result["dropped"] == []
+            assert result["perplexity"]["text"]["bare_drop"] == result["perplexity"]["text"]["dense"]
+        if key[2] == "none":
+            assert result["perplexity"]["text"]["pruned"] == result["perplexity"]["text"]["bare_drop"]
+
+
+def test_one_ranking_gives_every_ratio(sweep):
+    found = results(sweep[0])
+    for method in ("tsp", "shortgpt"):
+        one, two = (found[method, number, "none", "lora"] for number in (1, 2))
+        assert one["scores"] == two["scores"]
+        assert set(one["dropped"]) < set(two["dropped"])
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_a_job_gives_what_it_gives_alone(sweep, prune, tmp_path, trainable):
+    # The last of those with this method: many others have trained the same weights before it.
+    words = ("--method", "shortgpt", "--ratio", "0.4", "--set", "transfer=finetune")
+    done = prune(tmp_path, *words, "--set", f"stage2.trainable={trainable}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    [alone] = results(tmp_path).values()
+    among_others = results(sweep[0])["shortgpt", 2, "finetune", trainable]
+    for key in ("dropped", "scores", "perplexity", "trained_tokens", "settings", "corpora"):
+        assert alone[key] == among_others[key]
+    assert among_others["shared"]
+    assert alone["shared"] == []
+
+
+def test_parent_and_children_in_the_store(sweep, client):
+    root, _ = sweep
+    [experiment] = [e for e in client.search_experiments() if e.name == "grid"]
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    [parent] = [run for run in runs if run.data.tags["tsp.kind"] == "sweep"]
+    children = [run for run in runs if run.data.tags["tsp.kind"] == "job"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert (parent.info.status, parent.data.tags["tsp.failure"]) == ("FAILED", "12 of 42 jobs failed")
+    assert sorted(run.info.status for run in children) == ["FAILED"] * 12 + ["FINISHED"] * 30
+    assert parent.data.params["transfer"] == "finetune, none, stage2"
+    gated = [run for run in children if run.data.tags["method"] == "tsp"]
+    for run in gated:
+        history = client.get_metric_history(run.info.run_id, "stage1/gate/layer_000")
+        assert [point.step for point in history] == [0, 1, 2, 3], "also where the gates were learned by another job"
+    histories = {
+        tuple(point.value for point in client.get_metric_history(run.info.run_id, "stage1/loss/lm")) for run in gated
+    }
+    assert len(histories) == 1
+
+
+def test_a_second_start_does_what_is_left_below_the_same_parent(sweep, prune, client):
+    root, _ = sweep
+    before = set(results(root))
+    done = prune(root, *GRID, "--experiment", "grid")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(results(root)) - before == {
+        ("tail", number, transfer, trainable)
+        for number in (1, 2)
+        for transfer in ("none", "stage2", "finetune")
+        for trainable in ("lora", "full")
+    }
+    assert done.stdout.count("skipped") == 30
+    experiment = client.get_experiment_by_name("grid")
+    [parent] = client.search_runs([experiment.experiment_id], "tags.`tsp.kind` = 'sweep'")
+    assert parent.info.status == "FINISHED"
+
+
+def test_two_ranks_give_what_one_gives(sweep, prune, tmp_path):
+    words = ("--method", "tail,shortgpt", "--ratio", "0.4", "--set", "transfer=finetune")
+    more = ("--set", "stage2.trainable=[lora, full]", "--experiment", "two")
+    done = prune(tmp_path, *words, *more, num_ranks=2, script="tests/multiproc/faulty_prune.py")
+    assert done.returncode == 1, done.stderr[-3000:]
+    found = results(tmp_path)
+    assert len(found) == 2
+    for key, result in found.items():
+        alone = results(sweep[0])[key]
+        assert result["dropped"] == alone["dropped"]
+        assert len(result["weights_gib"]) == 2
+        for state, value in result["perplexity"]["text"].items():
+            assert value == pytest.approx(alone["perplexity"]["text"][state], rel=1e-4), state
+
+
+def test_what_is_wrong_with_one_job_is_said_before_any_starts(prune, tmp_path):
+    done = prune(tmp_path, "--method", "tsp,shortgpt", "--set", "prune.num_drop=[1, 7]", "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert "prune.num_drop must be in [1, 4], got 7 (in the job prune.num_drop 7, prune.method tsp)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_per_job(prune, tmp_path):
+    words = ("--method", "tail,random", "--ratio", "0.4", "--set", "save=true", "--output", tmp_path / "out")
+    done = prune(tmp_path, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["method=random", "method=tail"]
+    for path in (tmp_path / "out").iterdir():
+        assert {"result.json", "job.log", "model"} <= {file.name for file in path.iterdir()}

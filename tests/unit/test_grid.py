@@ -1,0 +1,91 @@
+"""From what a user states to the jobs of a sweep."""
+
+import pytest
+
+from tsp.cli import launched_prune
+from tsp.errors import ConfigError
+from tsp.grid import combinations, varied
+from tsp.options import configs_from_options
+
+
+def jobs(*words):
+    return configs_from_options(launched_prune.make_context("prune", list(words)).params)
+
+
+def test_a_list_for_one_value_is_varied_and_a_list_for_a_list_is_not():
+    stated = {
+        "prune": {"method": ["tsp", "sleb"], "drop": [3, 7]},
+        "eval": {"sources": ["a.txt", "b.txt"]},
+        "seed": [0, 1],
+        "transfer": "none",
+    }
+    assert varied(stated) == {"prune.method": ["tsp", "sleb"], "seed": [0, 1]}
+
+
+def test_a_setting_that_is_a_list_is_varied_by_a_list_of_lists():
+    assert varied({"prune": {"drop": [[3, 7], [2, 5]]}}) == {"prune.drop": [[3, 7], [2, 5]]}
+    assert [config.prune.drop for _, config in jobs("--set", "prune.drop=[[3, 7], [2, 5]]")] == [(3, 7), (2, 5)]
+
+
+def test_every_combination_once():
+    assert list(combinations({"a": [1, 2], "b": ["x", "y"]})) == [
+        {"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"},
+    ]  # fmt: skip
+    assert list(combinations({})) == [{}]
+
+
+def test_commas_yaml_and_set_mean_the_same(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("prune: {method: [tsp, sleb], ratio: [0.125, 0.25]}\nseed: [0, 1]\n")
+    by_commas = jobs("--method", "tsp,sleb", "--ratio", "0.125,0.25", "--seed", "0,1")
+    by_set = jobs("--set", "prune.method=[tsp, sleb]", "--set", "prune.ratio=[0.125, 0.25]", "--set", "seed=[0, 1]")
+    by_file = jobs("--config", str(file))
+    assert len(by_commas) == 8
+    assert by_commas == by_set == by_file
+
+
+def test_each_job_has_the_preset_of_its_method():
+    paper, baseline = (config for _, config in jobs("--method", "trsp,sleb"))
+    assert (paper.stage1.placement, paper.transfer, baseline.transfer) == ("output", "stage2", "none")
+
+
+def test_one_value_is_a_job_and_a_list_of_one_a_sweep():
+    assert jobs("--method", "sleb")[0][0] == {}
+    assert jobs("--set", "prune.method=[sleb]")[0][0] == {"prune.method": "sleb"}
+
+
+def test_an_option_wins_over_the_files_list(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("prune: {method: [tsp, sleb], ratio: [0.125, 0.25]}\n")
+    assert [config.prune.method for _, config in jobs("--config", str(file), "--method", "ppl")] == ["ppl", "ppl"]
+
+
+def test_the_dense_floor_is_there_once_whatever_the_ratio():
+    found = [
+        (config.prune.method, choice["prune.ratio"])
+        for choice, config in jobs("--method", "tsp,dense", "--ratio", "0.125,0.25")
+    ]
+    assert found == [("tsp", 0.125), ("tsp", 0.25), ("dense", 0.125)]
+
+
+def test_a_sweep_registers_only_if_it_is_asked_to():
+    single, many, asked = (
+        jobs(*words)[0][1].tracking.register_model
+        for words in (["--method", "tsp"], ["--method", "tsp,sleb"], ["--method", "tsp,sleb", "--register", "small"])
+    )
+    assert (single, many, asked) == (True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--method", "tsp,slep"], "did you mean sleb"),
+        (["--set", "prune.ratio=[]"], "prune.ratio is a list without values"),
+        (["--ratio", "0.25,1.5"], "prune.ratio: input should be less than 1, got 1.5"),
+        (["--ratio", "0.25,0.5", "--num-drop", "3"], "give one of --ratio, --num-drop and --drop"),
+        (["--set", "prune.ratios=[1, 2]"], "unknown key prune.ratios, did you mean ratio?"),
+    ],
+)
+def test_what_is_wrong_with_a_sweep_is_said(words, reason):
+    with pytest.raises(ConfigError, match=reason.replace("?", r"\?")):
+        jobs(*words)

@@ -1,0 +1,37 @@
+"""A model that can run and train; `engine.Engine.mounted` makes it."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Mounted:
+    """A model that can run; call it with tokens `[B, T]` int64 for logits `[B, T, V]`."""
+
+    def __init__(self, model: nn.Module, engine: Any, accumulation: int) -> None:
+        self.model = model
+        self._engine = engine
+        self._accumulation = accumulation
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        # Without an optimizer DeepSpeed's own forward forbids a backward; its ZeRO-3 hooks sit on the module.
+        runner = self._engine or self.model
+        return runner(input_ids=tokens_BT, use_cache=False).logits
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's mean loss; the gradients of a step's micro-batches are averaged."""
+        if self._engine is not None:
+            self._engine.backward(loss)
+        elif loss.requires_grad:
+            (loss / self._accumulation).backward()
+
+    def end_micro_batch(self) -> None:
+        """After each backward; at the last micro-batch of a step DeepSpeed's optimizer steps."""
+        if self._engine is not None:
+            self._engine.step()
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the step that follows."""
+        if self._engine is not None:
+            for group in self._engine.optimizer.param_groups:
+                group["lr"] = lr
