@@ -1,5 +1,7 @@
 """The one loop: which sequences a step sees, how micro-batches and ranks add up."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -114,3 +116,40 @@ def test_hooks_are_called_around_the_passes_and_losses_are_means():
     losses = [step.losses for step in stats]
     assert order == ["before 0", "loss", "loss", "after 0", "before 1", "loss", "loss", "after 1"]
     assert losses[0] == pytest.approx({"total": blocks.float().mean().item(), "half": blocks.float().mean().item() / 2})
+
+
+def test_a_training_in_seconds_ends_when_they_are_over(monkeypatch):
+    """By a clock that is read three times a step, at an even pace."""
+    clock = itertools.count()
+    monkeypatch.setattr("tsp.training.time.perf_counter", lambda: next(clock) / 3)
+    config, seen = job(), []
+    stats = train(
+        engine(config),
+        Mounted(tiny_model(num_layers=1), None, 1),
+        tokens(8, 6),
+        config.train,
+        num_steps=1000,
+        seconds=20.0,
+        seed=0,
+        loss=lambda ids: {"total": ids.float().mean()},
+        before_step=lambda step, num_steps: seen.append((step, num_steps)),
+    )
+    assert abs(len(list(stats)) - 20) <= 1
+    # From the third step on the number of all steps is known, so a schedule can follow it.
+    assert {num_steps for _, num_steps in seen[2:]} <= {len(seen) - 1, len(seen), len(seen) + 1}
+    assert seen[-1][1] == len(seen)
+
+
+def test_a_training_in_seconds_does_two_steps_at_least():
+    config = job()
+    stats = train(
+        engine(config),
+        Mounted(tiny_model(num_layers=1), None, 1),
+        tokens(8, 6),
+        config.train,
+        num_steps=1000,
+        seconds=1e-9,
+        seed=0,
+        loss=lambda ids: {"total": ids.float().mean()},
+    )
+    assert len(list(stats)) == 2

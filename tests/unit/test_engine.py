@@ -1,0 +1,54 @@
+"""What a sweep asks of the engine: weights as they were, and errors of rank 0 that every rank hears of."""
+
+import pytest
+import torch
+
+from tests.models import bench, engine, job, tiny_model, tokens
+from tsp.errors import ModelError
+from tsp.methods.trsp.stage2 import transfer
+
+LAYERS = 4
+DOOMED = (1, 2)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_restored_weights_are_bit_identical_after_a_transfer(trainable, stage):
+    model = tiny_model(num_layers=LAYERS)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = bench(model, tokens(8, 16), job(stage2__trainable=trainable, stage2__lr=0.1, stage2__steps=2), stage)
+    with made.engine.mounted(made.decoder.model):
+        pass  # As in a job, where the dense model is measured first: under ZeRO-3 it is in shards now.
+    with made.engine.restored(made.decoder.model):
+        transfer(made, DOOMED, save_dtype=torch.bfloat16)
+        changed_inside = not all(torch.equal(tensor, before[name]) for name, tensor in whole(made).items())
+    assert changed_inside
+    assert all(torch.equal(tensor, before[name]) for name, tensor in whole(made).items())
+    assert not any(parameter.requires_grad for parameter in made.decoder.model.parameters())
+
+
+def whole(made) -> dict[str, torch.Tensor]:
+    """The state dict, gathered."""
+    found = {}
+    for name, tensor in made.decoder.model.state_dict(keep_vars=True).items():
+        with made.engine.gathered([tensor]):
+            found[name] = tensor.detach().clone()
+    return found
+
+
+def test_no_seconds_left_trains_nothing():
+    made = bench(tiny_model(num_layers=LAYERS), tokens(8, 16), job())
+    made.seconds_left = -1.0
+    transfer(made, DOOMED, save_dtype=torch.float32)
+    dense = made.load_again().model.state_dict()
+    assert all(torch.equal(tensor, dense[name]) for name, tensor in whole(made).items())
+    assert made.transfer_steps == 0
+
+
+def test_an_error_of_the_first_rank_is_raised():
+    own = engine(job())
+    assert own.on_first(lambda: 7) == 7
+    with pytest.raises(ModelError, match="broken"):
+        own.on_first(lambda: (_ for _ in ()).throw(ModelError("broken")))
+    with pytest.raises(ZeroDivisionError):
+        own.on_first(lambda: 1 / 0)

@@ -1,0 +1,99 @@
+"""What jobs of a sweep share, what tells two jobs apart, and the text that is set aside."""
+
+import pytest
+import torch
+
+from tests.models import REPOSITORY, corpus_file, model_folder, tiny_model
+from tests.models import job as config_of
+from tsp.choose import order_key
+from tsp.errors import ConfigError
+from tsp.job import Preparation, prepare
+from tsp.shared import Shared, Stopwatch
+
+DS = REPOSITORY / "ds_configs" / "zero3.json"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Settings of a job on a tiny model and a text whose blocks can be told apart."""
+    place = tmp_path_factory.mktemp("given")
+    blocks = torch.arange(2, 82).repeat_interleave(16).view(80, 16)
+    return {
+        "model__path": str(model_folder(place / "tiny", tiny_model())),
+        "data__source": str(corpus_file(place / "text.jsonl", blocks)),
+        "eval__sources": (str(corpus_file(place / "held.jsonl", blocks[:20])),),
+        "eval__block_tokens": 16,
+    }
+
+
+def made(given, **settings):
+    return prepare(config_of(**given, **settings), DS, None, root=REPOSITORY, world_size=1)
+
+
+def test_tuning_text_comes_beside_the_calibration_text(given):
+    plain = made(given, data__max_blocks=32)
+    tuned = made(given, data__max_blocks=32, data__tuning_blocks=8)
+    assert plain.tuning is None
+    assert len(plain.calibration.blocks) == len(tuned.calibration.blocks) == 32
+    assert len(tuned.tuning) == 8
+    trained = {tuple(row) for row in tuned.calibration.blocks.tolist()}
+    assert not trained & {tuple(row) for row in tuned.tuning.tolist()}
+
+
+def test_tuning_text_may_not_be_all(given):
+    with pytest.raises(ConfigError, match="data.tuning_blocks must leave something of the 80 blocks, got 200"):
+        made(given, data__max_blocks=None, data__tuning_blocks=200)
+
+
+def test_a_job_is_known_by_what_it_does_not_by_its_name(given):
+    plain = made(given).hash
+    assert made(given).hash == plain
+    assert made(given, tracking__run_name="other", tracking__experiment="other").hash == plain
+    others = [{"seed": 1}, {"stage2__lr": 2e-3}, {"transfer": "none"}, {"data__max_blocks": 16}, {"prune__ratio": 0.5}]
+    hashes = {made(given, **other).hash for other in others}
+    assert len(hashes) == len(others)
+    assert plain not in hashes
+
+
+def test_another_model_in_the_same_folder_is_another_job(given, tmp_path):
+    folder = model_folder(tmp_path / "mine", tiny_model(seed=1))
+    before = made(given | {"model__path": str(folder)}).hash
+    model_folder(folder, tiny_model(seed=2))
+    assert made(given | {"model__path": str(folder)}).hash != before
+
+
+def test_what_an_order_depends_on(given):
+    def key(**settings):
+        return order_key(made(given, **settings))
+
+    sleb = {"prune__method": "sleb"}
+    same = [{"seed": 1}, {"prune__ratio": 0.4}, {"transfer": "none"}, {"stage2__lr": 1.0}, {"prune__swap_rounds": 1}]
+    assert {key(**sleb, **settings) for settings in same} == {key(**sleb)}
+    others = [{"prune__score_blocks": 7}, {"prune__protect_first": 1}, {"data__max_blocks": 16}]
+    assert len({key(**sleb, **settings) for settings in others} | {key(**sleb)}) == 4
+    assert key(seed=1) != key(), "gates are learned on text in the seed's order"
+    assert key(prune__method="random", seed=1) != key(prune__method="random")
+
+
+def test_models_and_corpora_are_opened_once(given):
+    preparation = Preparation(DS, root=REPOSITORY, world_size=1)
+    one, two = (preparation.job(config_of(**given, seed=seed), None) for seed in (0, 1))
+    assert one.source is two.source
+    assert one.calibration is two.calibration
+
+
+def test_dense_drops_nothing_and_needs_no_layers_that_may_go(given):
+    job = made(given, prune__method="dense", prune__ratio=0.25)
+    assert job.num_drop == 0
+
+
+def test_what_is_shared_is_made_once_and_charged_to_each():
+    shared, calls = Shared(), []
+    watches = [Stopwatch(), Stopwatch()]
+    values = [shared.once(("key", 1), watch, "select", lambda: calls.append(1) or "value") for watch in watches]
+    assert values == ["value", "value"]
+    assert calls == [1]
+    assert watches[0].seconds == watches[1].seconds
+    assert (watches[0].shared, watches[1].shared) == (set(), {"select"})
+    shared.once(("key", 2), watches[0], "select", lambda: calls.append(2))
+    assert calls == [1, 2]
