@@ -2,16 +2,48 @@
 
 `prune: {method: [tsp, sleb], ratio: [0.125, 0.25]}` in a YAML file, `--method tsp,sleb` and
 `--set transfer=[none,finetune]` on the command line are all the same. A setting that is a list itself
-(`eval.sources`, `prune.drop`) is varied by a list of lists.
+(`eval.sources`, `prune.drop`) is varied by a list of lists. Where one grid would hold too much, a file has several,
+each on top of the rest of the file:
+
+    sweep:
+      - {prune: {method: trsp}}
+      - {prune: {method: [sleb, shortgpt]}, transfer: [none, finetune]}
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from tsp.config import JobConfig, flatten, nest
+from tsp.config import JobConfig, flatten, merged, nest
 from tsp.errors import ConfigError
+
+
+def grids_of(file: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """An experiment file without its `sweep`, and that; a single empty grid where there is none.
+
+    Raises:
+        ConfigError: `sweep` is no list of mappings.
+    """
+    rest = dict(file)
+    grids = rest.pop("sweep", [{}])
+    if not isinstance(grids, list) or not grids or not all(isinstance(grid, Mapping) for grid in grids):
+        raise ConfigError(f"sweep must be a list of mappings, each a part of the config with lists, got {grids!r}")
+    return rest, grids
+
+
+def choices(grid: Mapping[str, Any], stated: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every job of a grid, as what tells it from the others: the values that are varied, and what the grid itself says.
+
+    Args:
+        grid: of `grids_of`.
+        stated: layers of a config, the grid among them; later ones win.
+    """
+    whole = merged(stated)
+    axes, flat = varied(whole), flatten(whole)
+    own = {key: flat[key] for key in flatten(grid) if key not in axes}
+    for choice in combinations(axes):
+        yield own | choice
 
 
 def varied(settings: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -116,17 +116,17 @@ def configs_from_options(options: Mapping[str, Any]) -> "list[tuple[dict[str, An
         ConfigError: unknown keys, values out of range, options that exclude each other.
     """
     # pydantic would take half of the time in which `tsp --help` answers.
-    from tsp.config import merged
-    from tsp.grid import combinations, layers_of, varied
+    from tsp.grid import choices, grids_of, layers_of
     from tsp.yaml12 import read_yaml
 
     _refuse_contradictions(options)
-    stated = [read_yaml(options["config"]) if options["config"] else {}, *_given(options)]
-    axes = varied(merged(stated))
+    file, grids = grids_of(read_yaml(options["config"]) if options["config"] else {})
     jobs: dict[JobConfig, dict[str, Any]] = {}
-    for choice in combinations(axes):
-        # Two places of the grid may be the same job: without layers to drop there is but one ratio.
-        jobs.setdefault(_config([*stated, *layers_of(choice)], sweep=bool(axes)), choice)
+    for grid in grids:
+        stated = [file, grid, *_given(options)]
+        for choice in choices(grid, stated):
+            # Two places of the grids may be the same job: without layers to drop there is but one ratio.
+            jobs.setdefault(_config([*stated, *layers_of(choice)], sweep=bool(choice)), choice)
     return [(choice, config) for config, choice in jobs.items()]
 
 

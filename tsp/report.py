@@ -35,12 +35,13 @@ def print_sweep(children: "list[Child]", run_link: str, stdout: TextIO | None = 
     """How each job of a sweep ended."""
     console = Console(file=stdout or sys.stdout, highlight=False)
     table = Table(title=f"{len(children)} jobs")
-    for key in children[0].varied:
+    keys = list(dict.fromkeys(key for child in children for key in child.varied))
+    for key in keys:
         table.add_column(key.rpartition(".")[2])
     for heading in ("status", "run", "reason"):
         table.add_column(heading, overflow="fold")
     for child in children:
-        values = map(str, child.varied.values())
+        values = (str(child.varied.get(key, "")) for key in keys)
         table.add_row(*values, child.status.lower(), child.run_id or "-", child.reason or "")
     console.print(table)
     console.print(f"look        tsp ui   # then {run_link}", soft_wrap=True)

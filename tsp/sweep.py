@@ -152,7 +152,8 @@ def _open_parent(jobs: Sequence[Job], root: Path) -> Tracker:
     """The parent run; that of an earlier launch of the same sweep goes on."""
     tracking = jobs[0].config.tracking
     sweep_hash = hashlib.sha256("".join(sorted(job.hash for job in jobs)).encode()).hexdigest()[:16]
-    axes = {key: sorted({str(job.varied[key]) for job in jobs}) for key in jobs[0].varied}
+    keys = dict.fromkeys(key for job in jobs for key in job.varied)
+    axes = {key: sorted({str(job.varied[key]) for job in jobs if key in job.varied}) for key in keys}
     return start_run(
         root,
         experiment=tracking.experiment,

@@ -13,8 +13,10 @@ import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tsp.cli import launched_prune
 from tsp.config import load_config
 from tsp.methods import METHODS, preset
+from tsp.options import configs_from_options
 from tsp.sharding import read_json, resolve
 from tsp.yaml12 import read_yaml
 
@@ -30,7 +32,8 @@ TEST_EXTRA = {
     canonicalize_name(Requirement(line).name): Requirement(line) for line in PROJECT["optional-dependencies"]["test"]
 }
 
-YAMLS = sorted([*(REPOSITORY / "tsp").rglob("*.yaml"), *(REPOSITORY / "examples").rglob("*.yaml")])
+YAMLS = sorted((REPOSITORY / "tsp").rglob("*.yaml"))
+EXPERIMENTS = sorted((REPOSITORY / "experiments").glob("*.yaml"))
 JSONS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
 # Import name -> name in the index, where they differ.
@@ -71,6 +74,19 @@ def test_shipped_yaml_is_a_valid_config(path):
     load_config([content])
 
 
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+def test_every_experiment_is_a_sweep_of_valid_jobs(path):
+    options = launched_prune.make_context("prune", ["--config", str(path)]).params
+    jobs = configs_from_options(options)
+    assert len(jobs) > 1
+    assert all(varied for varied, _ in jobs)
+    assert {config.tracking.experiment for _, config in jobs} == {
+        path.stem.replace("_", "-").replace("demo", "demo-sweep")
+    }
+    # The command that runs it stands at its head.
+    assert f"experiments/{path.name}" in path.read_text() or "make sweep" in path.read_text()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_preset_goes_with_the_demo(method):
     demo = read_yaml(REPOSITORY / "tsp" / "demo" / "prune.yaml")
@@ -79,6 +95,7 @@ def test_every_preset_goes_with_the_demo(method):
 
 def test_all_yaml_and_json_is_found():
     assert {"paper.yaml", "prune.yaml"} <= {path.name for path in YAMLS}
+    assert {"paper_table", "ablations", "calibration_size"} <= {path.stem for path in EXPERIMENTS}
     assert {path.stem for path in JSONS} >= {"zero2", "zero3", "zero3_offload", "zero_infinity"}
 
 

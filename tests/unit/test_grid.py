@@ -76,6 +76,32 @@ def test_a_sweep_registers_only_if_it_is_asked_to():
     assert (single, many, asked) == (True, False, True)
 
 
+def test_several_grids_in_a_file(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        "seed: [0, 1]\n"
+        "sweep:\n"
+        "  - {prune: {method: trsp}}\n"
+        "  - {prune: {method: [sleb, ppl]}, transfer: [none, finetune], seed: 0}\n"
+    )
+    found = jobs("--config", str(file))
+    assert [list(choice.values()) for choice, _ in found] == [
+        ["trsp", 0], ["trsp", 1], [0, "sleb", "none"], [0, "sleb", "finetune"], [0, "ppl", "none"],
+        [0, "ppl", "finetune"],
+    ]  # fmt: skip
+    assert [(config.prune.method, config.transfer, config.seed) for _, config in found] == [
+        ("trsp", "stage2", 0), ("trsp", "stage2", 1), ("sleb", "none", 0), ("sleb", "finetune", 0), ("ppl", "none", 0),
+        ("ppl", "finetune", 0),
+    ]  # fmt: skip
+
+
+def test_a_sweep_that_is_no_list_of_grids_is_refused(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("sweep: {method: tsp}\n")
+    with pytest.raises(ConfigError, match="sweep must be a list of mappings"):
+        jobs("--config", str(file))
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
