@@ -11,7 +11,7 @@ pytestmark = pytest.mark.multiproc
 
 SETTINGS = (
     *("data.block_tokens=16", "eval.block_tokens=16", "eval.speed_runs=0", "stage2.lora.rank=4", "save=false"),
-    *("stage1.steps=4", "stage2.steps=3", "stage1.schedule=one-shot", "budget_s=null", "stage2.lr=0.01"),
+    *("stage1.steps=4", "stage2.steps=3", "stage1.schedule=one-shot", "stage2.lr=0.01"),
 )
 GRID = (
     *("--method", "tsp,tail,dense", "--ratio", "0.2,0.4"),
@@ -39,11 +39,13 @@ def prune(inputs, launch):
     return start
 
 
-def results(root):
-    """`result.json` of all jobs, by method, number of layers, transfer and what is trained."""
+def results(root, budget_s=None):
+    """`result.json` of all jobs with this budget, by method, number of layers, transfer and what is trained."""
     found = {}
     for path in (root / "mlruns/output").glob("*/result.json"):
         result = json.loads(path.read_text())
+        if result["settings"]["budget_s"] != budget_s:
+            continue
         key = (result["method"], result["num_drop"], result["transfer"], result["settings"]["stage2.trainable"])
         assert key not in found
         found[key] = result
@@ -153,7 +155,7 @@ def test_a_second_start_does_what_is_left_below_the_same_parent(sweep, prune, cl
 
 def test_two_ranks_give_what_one_gives(sweep, prune, tmp_path):
     words = ("--method", "tail,tsp", "--ratio", "0.4", "--set", "transfer=finetune")
-    more = ("--set", "stage2.trainable=[lora, full]", "--experiment", "two")
+    more = ("--set", "stage2.trainable=[lora, full]", "--set", "budget_s=[null, 1]", "--experiment", "two")
     done = prune(tmp_path, *words, *more, num_ranks=2, script="tests/multiproc/faulty_prune.py")
     assert done.returncode == 1, done.stderr[-3000:]
     found = results(tmp_path)
@@ -164,6 +166,12 @@ def test_two_ranks_give_what_one_gives(sweep, prune, tmp_path):
         assert len(result["weights_gib"]) == 2
         for state, value in result["perplexity"]["text"].items():
             assert value == pytest.approx(alone["perplexity"]["text"][state], rel=1e-4), state
+    in_seconds = results(tmp_path, budget_s=1)
+    assert set(in_seconds) == set(found)
+    for result in in_seconds.values():
+        # The ranks agree on the number of steps, or they would wait for each other still.
+        assert result["stage2_steps"] >= 2
+        assert result["trained_tokens"] == (4 + result["stage2_steps"]) * 8 * 16
 
 
 def test_what_is_wrong_with_one_job_is_said_before_any_starts(prune, tmp_path):

@@ -189,6 +189,14 @@ def test_debug_shows_the_traceback_and_keeps_the_last_line():
     assert done.stderr.strip().splitlines()[-1].startswith("error: prune.ratio")
 
 
+def test_prune_hands_a_sweep_on(started):
+    words = ["--method", "tsp,sleb", "--ratio", "0.125,0.25", "--seed", "0,1", "--set", "transfer=[none, finetune]"]
+    CliRunner().invoke(main, ["prune", *words])
+    (command,) = started
+    assert sorted(command[2:]) == sorted(words)
+    assert len(configs_from_options(options_of(*command[2:]))) == 16
+
+
 def test_prune_starts_the_launcher_with_the_same_options(started):
     words = ["--ratio", "0.5", "--eval-data", "a.txt", "--eval-data", "b c.txt", "--set", "stage1.steps=3"]
     words += ["--set", "stage2.lr=1e-4", "--no-register", "--seed", "3", "--run-name", "x y", "--output", "out"]
