@@ -20,8 +20,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,19 +31,11 @@ from tsp.config import JobConfig, TrainConfig
 from tsp.errors import TspError
 from tsp.machine import GIB, compiled_cpu_op, peak_gib, ranks_on_this_node, start_peak, weights_dtype
 from tsp.mounted import Mounted
+from tsp.sharding import AdamW, Gradients, with_optimizer
 
 Value = TypeVar("Value")
 
 log = logging.getLogger("tsp")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """The optimizer of the trainable parameters."""
-
-    weight_decay: float = 0.0
-    clip: float | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
 
 
 class Engine:
@@ -68,6 +59,8 @@ class Engine:
         """The DeepSpeed config, without any `auto`."""
         self._accumulation = settings.accumulation
         self._activation_checkpointing = settings.activation_checkpointing
+        self._frozen: dict[nn.Module, ExitStack] = {}
+        """Mountings in ZeRO-3 without an optimizer that last now."""
 
     @classmethod
     def start(cls, config: JobConfig, sharding: Mapping[str, Any]) -> "Engine":
@@ -133,8 +126,11 @@ class Engine:
             gc.collect()
 
     @contextmanager
-    def mounted(self, model: nn.Module, optimizer: AdamW | None = None) -> Iterator["Mounted"]:
+    def mounted(self, model: nn.Module, optimizer: AdamW | Gradients | None = None) -> Iterator["Mounted"]:
         """A model ready to run, in DeepSpeed's hands for the length of a block.
+
+        A model that is mounted with nothing to train may be mounted again inside of that block, to train it: the outer
+        mounting is taken off for so long.
 
         Args:
             model: its parameters with `requires_grad` are trained.
@@ -146,16 +142,35 @@ class Engine:
         if self.zero_stage < 3 and optimizer is None:
             yield Mounted(model.to(self.device), None, self._accumulation)
             return
+        if optimizer is None:
+            with ExitStack() as stack:
+                stack.enter_context(self._in_deepspeed(model, None))
+                self._frozen[model] = stack
+                try:
+                    yield Mounted(model, None, self._accumulation)
+                finally:
+                    del self._frozen[model]
+            return
+        outer = self._frozen.get(model)
+        if outer is not None:
+            outer.close()
+        with self._in_deepspeed(model, optimizer) as engine:
+            yield Mounted(model, engine, self._accumulation)
+        if outer is not None:
+            outer.enter_context(self._in_deepspeed(model, None))
+
+    @contextmanager
+    def _in_deepspeed(self, model: nn.Module, optimizer: AdamW | Gradients | None) -> Iterator[Any]:
         import deepspeed
 
         hooks = [dict(held) for held in _hooks(model)]
         engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=trainable or None,
-            config=self._deepspeed_config(optimizer),
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad] or None,
+            config=with_optimizer(self.sharding, optimizer, self.world_size),
         )
         try:
-            yield Mounted(model, engine if optimizer else None, self._accumulation)
+            yield engine
         finally:
             engine.destroy()
             # deepspeed 0.19 leaves two hooks on the model, which would keep engine and optimizer in memory.
@@ -164,6 +179,16 @@ class Engine:
                     del held[key]
             del engine
             gc.collect()
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """All of a parameter's gradient on every rank, its shape, where the model is mounted with `Gradients`.
+
+        In the dtype in which DeepSpeed adds gradients up: that of the weights.
+        """
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient = safe_get_full_grad(parameter)
+        return torch.zeros((), device=self.device) if gradient is None else gradient
 
     @contextmanager
     def gathered(self, parameters: Iterable[Tensor], *, modify: bool = False) -> Iterator[None]:
@@ -245,16 +270,6 @@ class Engine:
     def stop(self) -> None:
         """Leave the other processes."""
         torch.distributed.destroy_process_group()
-
-    def _deepspeed_config(self, optimizer: AdamW | None) -> dict[str, Any]:
-        config = copy.deepcopy(self.sharding)
-        if optimizer is not None:
-            # The learning rate is set at each step.
-            parameters = {"lr": 0.0, "betas": list(optimizer.betas), "weight_decay": optimizer.weight_decay}
-            offloaded = "offload_optimizer" in config["zero_optimization"]
-            config["optimizer"] = {"type": "AdamW", "params": parameters | ({} if offloaded else {"torch_adam": True})}
-            config["gradient_clipping"] = optimizer.clip or 0.0
-        return config
 
     def _set_checkpointing(self, model: nn.Module) -> None:
         """transformers checkpoints activations in training mode only; `checkpoint.load` has set all dropout to 0."""

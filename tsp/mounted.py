@@ -35,3 +35,8 @@ class Mounted:
         if self._engine is not None:
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = lr
+
+    def release(self) -> None:
+        """After a backward pass ZeRO-3 holds whole what is nearest to the input; it goes back into shards."""
+        if self._engine is not None:
+            self._engine.empty_partition_cache()

@@ -4,8 +4,10 @@ The JSON says how to shard; batch, accumulation, clipping, dtype and optimizer h
 contradictions are reported at once. No DeepSpeed is imported here.
 """
 
+import copy
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,23 @@ from tsp.config import JobConfig, flatten, nest
 from tsp.errors import ConfigError
 
 _OWNED_ELSEWHERE = ("optimizer", "scheduler")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """The optimizer of the trainable parameters."""
+
+    weight_decay: float = 0.0
+    clip: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Instead of an optimizer: no step is taken, `Engine.gradient` reads the mean over the micro-batches."""
+
+    num_micro_batches: int
+    """Of each rank; `Mounted.end_micro_batch` between two of them, and not after the last."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,6 +110,31 @@ def resolve(
     for key, value in (filled | ours).items():
         _put(resolved, nest(key, value))
     return resolved
+
+
+def with_optimizer(sharding: Mapping[str, Any], optimizer: AdamW | Gradients | None, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed config of one mounting of the model.
+
+    Args:
+        sharding: from `resolve`.
+        optimizer: of the trainable parameters; None: there are none.
+        world_size: ranks.
+    """
+    config = copy.deepcopy(dict(sharding))
+    if isinstance(optimizer, AdamW):
+        # The learning rate is set at each step.
+        parameters = {"lr": 0.0, "betas": list(optimizer.betas), "weight_decay": optimizer.weight_decay}
+        offloaded = "offload_optimizer" in config["zero_optimization"]
+        config["optimizer"] = {"type": "AdamW", "params": parameters | ({} if offloaded else {"torch_adam": True})}
+        config["gradient_clipping"] = optimizer.clip or 0.0
+    elif isinstance(optimizer, Gradients):
+        # The optimizer without a state; DeepSpeed wants to be told that this is meant.
+        config["optimizer"] = {"type": "SGD", "params": {"lr": 0.0}}
+        config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        config["gradient_accumulation_steps"] = optimizer.num_micro_batches
+        per_step = optimizer.num_micro_batches * world_size
+        config["train_batch_size"] = config["train_micro_batch_size_per_gpu"] * per_step
+    return config
 
 
 def _put(tree: dict[str, Any], branch: Mapping[str, Any]) -> None:

@@ -21,9 +21,8 @@ from tsp.config import ModelConfig
 from tsp.engine import Engine
 from tsp.gates import Gates
 from tsp.machine import weights_dtype
+from tsp.methods import score_verb, transfer_verb
 from tsp.methods.base import Bench
-from tsp.methods.trsp.stage1 import score
-from tsp.methods.trsp.stage2 import transfer
 from tsp.penalties import lm_loss
 from tsp.sharding import resolve
 from tsp.source import open_source
@@ -54,14 +53,16 @@ def run(case: dict, world: SimpleNamespace) -> dict:
     return result | {"weights_gib": weights_gib, "rows": bench.tracker.rows, "seconds": time.perf_counter() - started}
 
 
-def stage1(bench: Bench, case: dict) -> dict:
-    """The order of the layers; the gates of every step are in the rows."""
+def select(bench: Bench, case: dict) -> dict:
+    """The order of the layers; of stage 1, the gates of every step are in the rows."""
     with bench.engine.mounted(bench.decoder.model) as bench.model:
-        scores = score(bench, case["num_drop"])
-    return {"order": scores.order, "values": scores.values}
+        before = bench.loss_without((), bench.blocks_NT)
+        scores = score_verb(case.get("method", "tsp"))(bench, case["num_drop"])
+        after = bench.loss_without((), bench.blocks_NT)
+    return {"order": scores.order, "values": scores.values, "unchanged": before == after}
 
 
-def stage2(bench: Bench, case: dict) -> dict:
+def move(bench: Bench, case: dict) -> dict:
     """Logits of the pruned model before and after, and the trained weights."""
     engine, decoder, ids = bench.engine, bench.decoder, bench.blocks_NT[:4]
 
@@ -70,7 +71,7 @@ def stage2(bench: Bench, case: dict) -> dict:
             return model(ids).float()
 
     before = pruned()
-    transfer(bench, case["doomed"], save_dtype=torch.float32)
+    transfer_verb(case.get("transfer", "stage2"))(bench, case["doomed"], save_dtype=torch.float32)
     after = pruned()
     weights = {}
     for name, parameter in decoder.model.named_parameters():
@@ -112,7 +113,7 @@ def ranks(bench: Bench, case: dict) -> dict:
     }
 
 
-KINDS = {"stage1": stage1, "stage2": stage2, "gradient": gradient, "ranks": ranks}
+KINDS = {"select": select, "move": move, "gradient": gradient, "ranks": ranks}
 
 
 def main() -> None:

@@ -140,6 +140,22 @@ def test_magnitude_sums_absolute_weights():
         assert value == pytest.approx(sum(w.abs().double().sum().item() for w in layer.parameters()), rel=1e-9)
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_taylor_is_what_plain_autograd_gives_and_the_mounted_model_goes_on(stage):
+    """7 sequences in micro-batches of 2: the last one has a weight of its own."""
+    blocks, plain = tokens(7, 16), tiny_model().requires_grad_(True)
+    F.cross_entropy(plain(input_ids=blocks).logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()).backward()
+    expected = [sum((w * w.grad).abs().sum().item() for w in layer.parameters()) for layer in plain.model.layers]
+    made = bench(tiny_model(), blocks, job(train__batch_size=2), stage)
+    with made.engine.mounted(made.decoder.model) as made.model:
+        before = made.loss_without((1,), blocks)
+        found = [score_verb("taylor")(made, 2) for _ in range(2)]
+        assert made.loss_without((1,), blocks) == before
+    assert found[0] == found[1]
+    assert list(found[0].values) == pytest.approx(expected, rel=1e-5)
+    assert found[0].order[0] == expected.index(min(expected))
+
+
 def test_tail_keeps_the_very_last_layer_and_random_follows_the_seed():
     assert [cut(scored("tail", k).order, k) for k in (1, 2, 3)] == [(3,), (2, 3), (1, 2, 3)]
     orders = {scored("random", 2, seed=seed).order for seed in range(8)}

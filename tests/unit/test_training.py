@@ -7,10 +7,11 @@ import torch
 
 from tests.models import engine, job, tiny_model, tokens
 from tsp.decoder import find_decoder
-from tsp.engine import AdamW, Engine
+from tsp.engine import Engine
 from tsp.gates import Gates
 from tsp.mounted import Mounted
 from tsp.penalties import lm_loss
+from tsp.sharding import AdamW
 from tsp.training import _mine, step_indices, train
 
 

@@ -46,6 +46,7 @@ METHODS: Mapping[str, Entry] = {
     ),
     "sleb": Entry("tsp.methods.leave_out:sleb", _BASELINE, "again and again the layer that is missed least"),
     "ppl": Entry("tsp.methods.leave_out:ppl", _BASELINE, "the layers that are missed least, one by one"),
+    "taylor": Entry("tsp.methods.taylor:taylor", _BASELINE, "layers whose weights the loss depends on least"),
     "magnitude": Entry("tsp.methods.simple:magnitude", _BASELINE, "layers with the smallest weights"),
     "random": Entry("tsp.methods.simple:random", _BASELINE, "a seeded random choice", seeded=True),
     "tail": Entry("tsp.methods.simple:tail", _BASELINE, "the last layers but the very last"),

@@ -15,12 +15,12 @@ from torch import Tensor
 from tsp.adapters import adapters_off, add_adapters, merge_adapters
 from tsp.checkpoint import round_weights
 from tsp.config import Stage2Config
-from tsp.engine import AdamW
 from tsp.gates import Gates
 from tsp.methods.base import Bench
 from tsp.mounted import Mounted
 from tsp.penalties import distillation_loss, gap_norm, lm_loss
 from tsp.progress import phase
+from tsp.sharding import AdamW
 from tsp.training import train
 
 # Takes tokens [B, T], returns the dense model's logits [B, T, V], without gradient.
