@@ -269,6 +269,10 @@ def take_through(name: str, folder: Path) -> Path:
     with decoder.bypassing(dropped):
         expected = logits(decoder.model, ids)
     assert not torch.allclose(expected, dense, atol=1e-3), "the layers matter"
+    with decoder.bypassing(dropped[:1]), decoder.hidden_states() as states:
+        logits(decoder.model, ids)
+    with decoder.bypassing(dropped[:1]), decoder.resuming(dropped[1], states[dropped[1]]):
+        assert torch.equal(logits(decoder.model, ids), expected), "the layers before need not be computed again"
     gathered = lambda *args, **kwargs: nullcontext()  # noqa: E731
     save_without(decoder, source, dropped, folder / "pruned", gathered=gathered, write=True)
     drop_layers(source, dropped, folder / "on-disk")

@@ -70,6 +70,8 @@ class PruneSection(_Section):
     """Layers at the end that are never dropped."""
     score_blocks: int = Field(64, ge=1)
     """Calibration sequences on which the baselines measure layers; the method's own gates see them all."""
+    reuse_prefix: bool = True
+    """`sleb` and `ppl`: do not compute the layers before a candidate again; holds L hidden states per batch."""
     verify_blocks: int = Field(32, ge=1)
     """Calibration sequences on which a selection's loss is measured, for the record and for the swap search."""
     swap_rounds: int = Field(0, ge=0)

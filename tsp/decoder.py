@@ -59,8 +59,46 @@ class Decoder:
         finally:
             self.bypass(before)
 
+    @contextmanager
+    def resuming(self, index: int, hidden: Tensor) -> Iterator[None]:
+        """For the length of a block the layers up to this one compute nothing, and it hands on what is given.
+
+        The model's own forward still makes masks and positions, and runs the other layers, the norm and the head.
+
+        Args:
+            index: of the layer.
+            hidden: what layer `index` would be called with, `[B, T, D]`, from an earlier pass over the same tokens.
+        """
+        with self.bypassing(self.bypassed.union(range(index + 1))):
+            self.layers[index].forward = lambda *args, **kwargs: self._returned(hidden)
+            yield
+
+    @contextmanager
+    def hidden_states(self) -> Iterator[list[Tensor]]:
+        """Collects h_0 ... h_L of the one forward pass inside the block, `[B, T, D]` each.
+
+        h_i is what layer i is called with; h_L is what the last layer returns, before the final norm.
+        """
+        states: list[Tensor] = []
+
+        def note_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+            states.append(hidden_in(args, kwargs))
+
+        def note_output(module: nn.Module, args: Any, output: Any) -> None:
+            states.append(hidden_out(output))
+
+        hooks = [layer.register_forward_pre_hook(note_input, with_kwargs=True) for layer in self.layers]
+        hooks.append(self.layers[-1].register_forward_hook(note_output))
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def _hand_on(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
-        hidden = hidden_in(args, kwargs)
+        return self._returned(hidden_in(args, kwargs))
+
+    def _returned(self, hidden: Tensor) -> Tensor | tuple[Tensor | None, ...]:
         return hidden if self.num_outputs is None else (hidden, *[None] * (self.num_outputs - 1))
 
 

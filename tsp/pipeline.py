@@ -104,6 +104,7 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
         tracker=tracker,
         load_again=load_model,
         protected=job.protected,
+        read_by_others=job.source.read_by_others,
     )
     measured = ("evaluation", job.config.eval.model_dump_json(), tuple(corpus.fingerprint for corpus in job.evals))
     with engine.mounted(decoder.model) as model:

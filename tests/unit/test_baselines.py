@@ -16,6 +16,9 @@ from tsp.selection import cut
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 STORIES = SHARED / "models" / "stories260k"
 
+# Layer calls of the forward pass with which the stack of five is found.
+FOUND_BY = 5
+
 
 def scored(method, num_drop, *, model=None, blocks=None, protected=(), **settings):
     model = tiny_model() if model is None else model
@@ -99,6 +102,36 @@ def test_sleb_never_tries_what_is_protected():
     scores = scored("sleb", 2, protected=(0, 4))
     assert not {0, 4}.intersection(scores.order[:2])
     assert scores.values[0] == scores.values[4] == max(scores.values)
+
+
+@pytest.mark.parametrize("method", ["ppl", "sleb"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neo", "qwen2_moe"])
+def test_without_computing_the_layers_before_again_the_losses_are_the_same_bit_for_bit(method, family):
+    """On 7 sequences in batches of 3; gpt_neo returns tuples, qwen2_moe has layers of two kinds."""
+    known = {"model": tiny_model(family), "blocks": tokens(7, 16), "protected": (1,), "eval__batch_size": 3}
+    reused, plain = (scored(method, 2, **known, prune__reuse_prefix=reuse) for reuse in (True, False))
+    assert reused == plain
+
+
+@pytest.mark.parametrize(("settings", "calls"), [({}, 5 + 4 + 3 + 2 + 1), ({"prune__reuse_prefix": False}, 5 * 4)])
+def test_a_candidate_costs_the_layers_behind_it(settings, calls):
+    """One batch: a whole pass, then 4, 3, 2, 1 and 0 layers; against 4 layers for each of 5 candidates."""
+    model, counted = tiny_model(), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *call: counted.append(call))
+    scored("ppl", 1, model=model, blocks=tokens(6, 16), **settings)
+    assert len(counted) == calls + FOUND_BY
+
+
+def test_where_layers_read_others_keys_and_values_each_candidate_is_a_pass_of_its_own():
+    made = bench(tiny_model(), tokens(6, 16), job(), protected=(1,))
+    made.read_by_others = (1,)
+    counted = []
+    made.decoder.layers[1].mlp.register_forward_hook(lambda *call: counted.append(call))
+    with made.engine.mounted(made.decoder.model) as made.model:
+        values = score_verb("ppl")(made, 1).values
+    assert len(counted) == 4, "it always ran"
+    assert values == scored("ppl", 1, protected=(1,)).values
 
 
 def test_magnitude_sums_absolute_weights():

@@ -22,13 +22,13 @@ def window_losses(forward: Callable[[Tensor], Tensor], blocks_NT: Tensor, **shar
     Returns:
         `[N]` fp64, nats per token, the same on every rank.
     """
+    return per_window(lambda tokens_bT: mean_losses(forward(tokens_bT), tokens_bT), blocks_NT, **sharing)[:, 0]
 
-    def losses(tokens_bT: Tensor) -> Tensor:
-        logits = forward(tokens_bT)[:, :-1]
-        each = F.cross_entropy(logits.flatten(0, 1).float(), tokens_bT[:, 1:].flatten(), reduction="none")
-        return each.view(len(tokens_bT), -1).double().mean(dim=1, keepdim=True)
 
-    return per_window(losses, blocks_NT, **sharing)[:, 0]
+def mean_losses(logits_bTV: Tensor, tokens_bT: Tensor) -> Tensor:
+    """Mean cross-entropy of each window of a batch, `[b, 1]` fp64, nats per token."""
+    each = F.cross_entropy(logits_bTV[:, :-1].flatten(0, 1).float(), tokens_bT[:, 1:].flatten(), reduction="none")
+    return each.view(len(tokens_bT), -1).double().mean(dim=1, keepdim=True)
 
 
 def perplexity(losses_N: Tensor, block_tokens: int) -> Perplexity:

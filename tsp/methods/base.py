@@ -41,6 +41,8 @@ class Bench:
     model: Mounted | None = None
     """The frozen model, mounted; while scoring."""
     protected: Collection[int] = ()
+    read_by_others: Collection[int] = ()
+    """Layers whose keys and values later ones read (`source.Source`): they always have to run."""
     gate_history: list[tuple[int, str, list[float]]] = field(default_factory=list)
     """`(global step, stage, gates [L])` of every logged step, for the figures."""
     logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)

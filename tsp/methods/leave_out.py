@@ -1,8 +1,18 @@
-"""Selections that bypass a layer and look at the loss: ppl (once) and sleb (again after each drop)."""
+"""Selections that bypass a layer and look at the loss: ppl (once) and sleb (again after each drop).
+
+With `prune.reuse_prefix` a candidate costs only the layers behind it, on average half of them: those before it do what
+they did in the pass without any candidate, which is made once per batch. The plain loop stays beside it, for models
+where later layers read more of earlier ones than the hidden state.
+"""
 
 from collections.abc import Collection, Sequence
 
+import torch
+from torch import Tensor
+
 from tsp.data import evenly_spread
+from tsp.evaluation.perplexity import mean_losses
+from tsp.evaluation.windows import per_window
 from tsp.methods.base import Bench
 from tsp.progress import phase
 from tsp.records import Scores
@@ -10,32 +20,67 @@ from tsp.selection import ascending
 
 
 def ppl(bench: Bench, num_drop: int) -> Scores:
-    """The loss with one layer bypassed; the lowest go, at once (arXiv 2402.02834, section 2.1)."""
-    losses = _losses(bench, (), range(bench.decoder.num_layers), "ppl")
-    values = [losses[index] for index in range(bench.decoder.num_layers)]
-    return Scores(method="ppl", values=tuple(values), order=tuple(ascending(values)))
+    """The loss with one layer bypassed; the lowest go, at once (arXiv 2402.02834, section 2.1).
+
+    A protected layer is not tried; its value is the worst.
+    """
+    values = _values(bench, _losses(bench, (), _free(bench), "ppl"))
+    return Scores(method="ppl", values=values, order=tuple(ascending(values)))
 
 
 def sleb(bench: Bench, num_drop: int) -> Scores:
     """Each round the layer whose absence gives the least loss is dropped (arXiv 2402.09025, algorithm 1).
 
     Departs from the paper: the first and the last layer are tried too; `prune.protect_first` and `protect_last` at 1
-    restore it. The value of a layer is its loss in the last round that tried it.
+    restore it. The value of a layer is its loss in the last round that tried it; of a protected one, the worst.
     """
     dropped: list[int] = []
     losses: dict[int, float] = {}
     for number in range(num_drop):
-        free = [i for i in range(bench.decoder.num_layers) if i not in dropped and i not in bench.protected]
+        free = [index for index in _free(bench) if index not in dropped]
         found = _losses(bench, dropped, free, f"sleb, layer {number + 1} of {num_drop}")
         losses |= found
         dropped.append(min(free, key=lambda index: (found[index], -index)))
-    worst = max(losses.values())
-    values = tuple(losses.get(index, worst) for index in range(bench.decoder.num_layers))
+    values = _values(bench, losses)
     rest = [index for index in ascending(values) if index not in dropped]
     return Scores(method="sleb", values=values, order=(*dropped, *rest))
 
 
+def _free(bench: Bench) -> list[int]:
+    return [index for index in range(bench.decoder.num_layers) if index not in bench.protected]
+
+
+def _values(bench: Bench, losses: dict[int, float]) -> tuple[float, ...]:
+    worst = max(losses.values())
+    return tuple(losses.get(index, worst) for index in range(bench.decoder.num_layers))
+
+
 def _losses(bench: Bench, gone: Collection[int], candidates: Sequence[int], name: str) -> dict[int, float]:
+    """The calibration loss without the layers that are gone and one more, for each candidate."""
     blocks = evenly_spread(bench.blocks_NT, bench.config.prune.score_blocks)
+    if bench.config.prune.reuse_prefix and not bench.read_by_others:
+        return _losses_reusing_prefix(bench, gone, candidates, blocks, name)
     shown = phase(candidates, name, len(candidates), show=bench.engine.is_first)
     return {index: bench.loss_without({*gone, index}, blocks) for index in shown}
+
+
+def _losses_reusing_prefix(
+    bench: Bench, gone: Collection[int], candidates: Sequence[int], blocks_NT: Tensor, name: str
+) -> dict[int, float]:
+    """The same, batch by batch; on a rank, the hidden states of one batch are held at a time, `L x [b, T, D]`."""
+    assert bench.model is not None
+    model, decoder = bench.model, bench.decoder
+
+    def losses(tokens_bT: Tensor) -> Tensor:
+        with decoder.hidden_states() as states:
+            model(tokens_bT)
+        columns = []
+        for index in candidates:
+            with decoder.resuming(index, states[index]):
+                columns.append(mean_losses(model(tokens_bT), tokens_bT))
+        return torch.cat(columns, dim=1)
+
+    sharing = bench.engine.sharing(bench.config.eval.batch_size)
+    with decoder.bypassing(gone):
+        losses_KN = per_window(losses, blocks_NT, **sharing, name=name).T.contiguous()
+    return {index: float(losses_KN[column].mean()) for column, index in enumerate(candidates)}

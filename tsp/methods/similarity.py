@@ -5,16 +5,13 @@ h_i is what layer i receives, `[B, T, D]`; h_L is what the last layer emits, bef
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tsp.data import evenly_spread
-from tsp.decoder import Decoder, hidden_in, hidden_out
 from tsp.errors import ConfigError
 from tsp.evaluation.windows import per_window
 from tsp.methods.base import Bench
@@ -61,7 +58,7 @@ def _distances(bench: Bench, span: int, distance: Callable[[Tensor, Tensor], Ten
     model = bench.model
 
     def measure(tokens_BT: Tensor) -> Tensor:
-        with _states(bench.decoder) as states:
+        with bench.decoder.hidden_states() as states:
             model(tokens_BT)
         pairs = zip(states, states[span:], strict=False)
         return torch.stack([distance(a.float(), b.float()) for a, b in pairs], dim=1)
@@ -69,24 +66,6 @@ def _distances(bench: Bench, span: int, distance: Callable[[Tensor, Tensor], Ten
     blocks = evenly_spread(bench.blocks_NT, bench.config.prune.score_blocks)
     sharing = bench.engine.sharing(bench.config.eval.batch_size)
     return per_window(measure, blocks, **sharing, name=name).mean(dim=0).tolist()
-
-
-@contextmanager
-def _states(decoder: Decoder) -> Iterator[list[Tensor]]:
-    """Collect h_0 ... h_L `[B, T, D]` of the forward pass inside the block."""
-    states: list[Tensor] = []
-
-    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not states:
-            states.append(hidden_in(args, kwargs))
-        states.append(hidden_out(output))
-
-    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in decoder.layers]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _block(bench: Bench, num_drop: int, distances: Sequence[float], method: str) -> Scores:
