@@ -153,6 +153,11 @@ class Stage2Config(_Section):
     """Adapters of `trainable: lora`."""
 
 
+class ReplaceMeConfig(_Section):
+    ridge: float = Field(1e-3, ge=0)
+    """Pull of the folded map towards the identity, as a share of the mean square of what it is applied to."""
+
+
 class TrackingConfig(_Section):
     experiment: str | None = None
     """MLflow experiment; None: MLFLOW_EXPERIMENT_NAME, else `tsp`."""
@@ -173,8 +178,9 @@ class JobConfig(_Section):
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     prune: PruneSection = PruneSection()
-    transfer: Literal["stage2", "finetune", "distill", "none"] = "stage2"
-    """How what the doomed layers know is moved: `finetune`, `distill`: drop first, then train as long as stage 2."""
+    transfer: Literal["stage2", "finetune", "distill", "replaceme", "none"] = "stage2"
+    """How what the doomed layers know is moved: `finetune`, `distill`: drop first, then train as long as stage 2;
+    `replaceme`: fold a linear map into the layer before, without training."""
     budget_s: float | None = Field(None, gt=0)
     """Seconds for selection and transfer together: the transfer trains until they are over; None: `stage2.steps`."""
     save: bool = True
@@ -182,6 +188,7 @@ class JobConfig(_Section):
     train: TrainConfig = TrainConfig()
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
+    replaceme: ReplaceMeConfig = ReplaceMeConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: int = Field(0, ge=0)
     """Of the order of the sequences, the adapters' start values and random choices."""
