@@ -8,7 +8,7 @@ from tests.families import family_model
 from tests.models import bench, job, logits, tiny_model, tokens, without_layers
 from tsp.decoder import find_decoder
 from tsp.errors import ModelError
-from tsp.methods.replaceme import replaceme
+from tsp.methods.replaceme import correction, replaceme
 from tsp.selection import runs
 
 LAYERS = 6
@@ -84,6 +84,11 @@ def test_layers_that_do_nothing_leave_the_weights_alone():
     made = folded(model, (2, 3), blocks)
     for name, tensor in made.decoder.model.state_dict().items():
         assert torch.allclose(tensor, dense[name], atol=1e-6), name
+
+
+def test_too_little_text_without_a_ridge_is_said():
+    with pytest.raises(ModelError, match="too little calibration text"):
+        correction(torch.zeros(4, 8, dtype=torch.float64), 0.0)
 
 
 def test_the_weights_can_be_represented_where_they_are_saved():

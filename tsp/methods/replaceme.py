@@ -129,11 +129,20 @@ def correction(products: Tensor, ridge: float) -> Tensor:
     Returns:
         `[D, D]` fp64.
 
+    Raises:
+        ModelError: without a ridge, fewer tokens than D.
+
     Source: arXiv 2505.02819, equation 4.
     """
     gram, cross = products.chunk(2, dim=1)
     diagonal = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * gram.diagonal().mean() * ridge
-    return torch.linalg.solve(gram + diagonal, cross)
+    try:
+        return torch.linalg.solve(gram + diagonal, cross)
+    except torch.linalg.LinAlgError:
+        raise ModelError(
+            f"replaceme.ridge {ridge:g} leaves the least squares without a solution, for there is too little "
+            "calibration text; give more (prune.score_blocks), or a larger ridge"
+        ) from None
 
 
 def _write(bench: Bench, fold: Fold) -> None:
