@@ -1,0 +1,74 @@
+"""Which row is the best, and which differences are more than the chance of which windows a corpus happens to have.
+
+The bootstrap is paired: all rows of a group are measured on the same windows. The losses of a window are averaged over
+the seeds first, so what is tested is the mean of the repetitions; how far these lie apart is said by their spread.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tsp.compare.measures import columns
+from tsp.compare.rows import Row
+
+Outcome = Literal["wins", "ties", "loses"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One row's perplexity against another's."""
+
+    outcome: Outcome
+    percent: float
+    """By how much the perplexity lies above (negative: below) the other's."""
+    interval_percent: tuple[float, float] | None
+    """95 %; None: the losses of the windows were not kept, and the outcome is that of the means."""
+
+
+def difference(row: Row, other: Row, corpus: str) -> Difference:
+    """Of two rows of a group on a corpus, the first against the second."""
+    from tsp.evaluation.confidence import ratio_interval
+
+    ratio = row.stats[f"ppl/{corpus}"].mean / other.stats[f"ppl/{corpus}"].mean
+    mine, theirs = window_losses(row, corpus), window_losses(other, corpus)
+    percent = 100 * (ratio - 1)
+    if mine is None or theirs is None or len(mine) != len(theirs):
+        outcome: Outcome = "wins" if ratio < 1 else "loses" if ratio > 1 else "ties"
+        return Difference(outcome=outcome, percent=percent, interval_percent=None)
+    low, high = ratio_interval(mine, theirs)
+    outcome = "wins" if high < 1 else "loses" if low > 1 else "ties"
+    return Difference(outcome=outcome, percent=percent, interval_percent=(100 * (low - 1), 100 * (high - 1)))
+
+
+def window_losses(row: Row, corpus: str) -> list[float] | None:
+    """Of each window the mean over the row's jobs, nats per token; None: not kept by all of them."""
+    losses = [job.window_losses.get(corpus, ()) for job in row.jobs]
+    if not all(losses) or len({len(of_job) for of_job in losses}) > 1:
+        return None
+    return [math.fsum(window) / len(window) for window in zip(*losses, strict=True)]
+
+
+def marked(rows: Sequence[Row], corpora: Sequence[str]) -> list[Row]:
+    """The rows with their marks; only rows with the same number of layers compete."""
+    return [_marked(row, [rival for rival in rows if rival.num_drop == row.num_drop], corpora) for row in rows]
+
+
+def best_row(rows: Sequence[Row], corpus: str) -> Row:
+    """The row with the least mean perplexity."""
+    return min(rows, key=lambda row: row.stats[f"ppl/{corpus}"].mean)
+
+
+def _marked(row: Row, rivals: Sequence[Row], corpora: Sequence[str]) -> Row:
+    best = set()
+    for column in columns(row.stats):
+        values = [rival.stats[column.name].mean for rival in rivals if column.name in rival.stats]
+        winner = {"low": min, "high": max}[column.better](values) if column.better else None
+        if len(values) > 1 and row.stats[column.name].mean == winner and len(set(values)) > 1:
+            best.add(column.name)
+    tied = set()
+    for corpus in corpora:
+        leader = best_row(rivals, corpus)
+        if leader is not row and difference(row, leader, corpus).outcome == "ties":
+            tied.add(corpus)
+    return replace(row, best=frozenset(best), tied=frozenset(tied))
