@@ -86,8 +86,7 @@ def _verdict(number: int, group: Group) -> list[Sentence]:
     sentences = []
     for table in group.tables:
         jobs = _of_budget(group.jobs, table.budget_s)
-        about = {"budget_s": table.budget_s, "num_layers": group.num_layers, "dense": group.dense}
-        sentences += judge(jobs, group=number, **about)
+        sentences += judge(jobs, group=number, budget_s=table.budget_s, num_layers=group.num_layers, dense=group.dense)
     return sentences
 
 

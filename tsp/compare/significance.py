@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tsp.compare.measures import columns
+from tsp.compare.measures import Stat, columns
 from tsp.compare.rows import Row
 
 Outcome = Literal["wins", "ties", "loses"]
@@ -24,21 +24,33 @@ class Difference:
     """By how much the perplexity lies above (negative: below) the other's."""
     interval_percent: tuple[float, float] | None
     """95 %; None: the losses of the windows were not kept, and the outcome is that of the means."""
+    within_spread: bool | None
+    """Whether the perplexities lie closer together than the repetitions of the two do, which the interval does not know
+    of (root of the sum of both variances); None: there are no repetitions."""
 
 
 def difference(row: Row, other: Row, corpus: str) -> Difference:
     """Of two rows of a group on a corpus, the first against the second."""
     from tsp.evaluation.confidence import ratio_interval
 
-    ratio = row.stats[f"ppl/{corpus}"].mean / other.stats[f"ppl/{corpus}"].mean
     mine, theirs = window_losses(row, corpus), window_losses(other, corpus)
-    percent = 100 * (ratio - 1)
+    within = _within_spread(row.stats[f"ppl/{corpus}"], other.stats[f"ppl/{corpus}"])
     if mine is None or theirs is None or len(mine) != len(theirs):
+        ratio = row.stats[f"ppl/{corpus}"].mean / other.stats[f"ppl/{corpus}"].mean
         outcome: Outcome = "wins" if ratio < 1 else "loses" if ratio > 1 else "ties"
-        return Difference(outcome=outcome, percent=percent, interval_percent=None)
+        return Difference(outcome=outcome, percent=100 * (ratio - 1), interval_percent=None, within_spread=within)
+    # The ratio of the geometric means over the seeds, which the interval is of.
+    percent = 100 * (math.exp((math.fsum(mine) - math.fsum(theirs)) / len(mine)) - 1)
     low, high = ratio_interval(mine, theirs)
     outcome = "wins" if high < 1 else "loses" if low > 1 else "ties"
-    return Difference(outcome=outcome, percent=percent, interval_percent=(100 * (low - 1), 100 * (high - 1)))
+    interval = (100 * (low - 1), 100 * (high - 1))
+    return Difference(outcome=outcome, percent=percent, interval_percent=interval, within_spread=within)
+
+
+def _within_spread(mine: Stat, theirs: Stat) -> bool | None:
+    if mine.spread is None or theirs.spread is None:
+        return None
+    return abs(mine.mean - theirs.mean) < math.hypot(mine.spread, theirs.spread)
 
 
 def window_losses(row: Row, corpus: str) -> list[float] | None:

@@ -113,7 +113,7 @@ def _sentence(rows: Sequence[Row], floors: Sequence[Row], corpus: str, dense: fl
     best = best_row(rows, corpus)
     ppl = best.stats[f"ppl/{corpus}"].mean
     others = [row for row in rows if row is not best and (row.method, row.transfer) != (best.method, best.transfer)]
-    tied = [_name(row) for row in others if difference(row, best, corpus).outcome == "ties"]
+    tied = {_name(row): None for row in others if difference(row, best, corpus).outcome == "ties"}
     duels, missing = _duels(rows, corpus)
     names = [_name(row) for row in rows]
     return Sentence(
@@ -122,7 +122,7 @@ def _sentence(rows: Sequence[Row], floors: Sequence[Row], corpus: str, dense: fl
         best=_name(best),
         ppl=ppl,
         ppl_ratio=ppl / dense,
-        not_distinguishable=tied,
+        not_distinguishable=list(tied),
         floor_ppl=best_row(floors, corpus).stats[f"ppl/{corpus}"].mean if floors else None,
         duels=duels,
         missing=missing,
@@ -167,15 +167,20 @@ def _in_words(duels: Sequence[Duel]) -> list[str]:
 def _duel_in_words(duel: Duel) -> str:
     rival = f"the best baseline, {duel.rival}," if duel.against == "baseline" else f"its plain control, {duel.rival},"
     found = duel.difference
-    span = ""
+    notes = ["not tested: the losses of the windows were not kept"]
     if found.interval_percent is not None:
         low, high = found.interval_percent
-        span = f" (95 %: {low:+.1f} to {high:+.1f} %)"
+        if found.outcome == "wins":
+            low, high = -high, -low
+        signs = "+" if found.outcome == "ties" else ""
+        notes = [f"95 %: {low:{signs}.1f} to {high:{signs}.1f} %"]
+    if found.within_spread and found.outcome != "ties":
+        notes.append("less than the spread over the seeds")
+    note = f" ({'; '.join(notes)})"
     if found.outcome == "ties":
-        return f"cannot be told from {rival} {found.percent:+.1f} %{span}"
+        return f"cannot be told from {rival} {found.percent:+.1f} %{note}"
     verb = "wins against" if found.outcome == "wins" else "loses to"
-    untested = "" if found.interval_percent else " (not tested: the losses of the windows were not kept)"
-    return f"{verb} {rival} by {abs(found.percent):.1f} %{span}{untested}"
+    return f"{verb} {rival} by {abs(found.percent):.1f} %{note}"
 
 
 def _name(row: Row) -> str:
