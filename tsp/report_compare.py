@@ -9,7 +9,7 @@ from rich.text import Text
 from tsp.compare.groups import Comparison
 from tsp.compare.sheets import LEGEND, Cell, main_sheet
 
-_FILE_WIDTH = 240
+_FILE_WIDTH = 400
 """Characters of a line where stdout is no terminal: nothing is cut or folded."""
 
 
@@ -25,9 +25,8 @@ def print_comparison(comparison: Comparison, stdout: TextIO) -> None:
             rich_table = RichTable(title=f"compared {table.heading}", title_justify="left")
             for heading, cell in zip(sheet.headings, sheet.rows[0], strict=True):
                 rich_table.add_column(heading, justify="right" if cell.number else "left", overflow="fold")
-            first_floor = len(table.rows)
             for place, cells in enumerate(sheet.rows):
-                if place == first_floor and place:
+                if place in sheet.blocks:
                     rich_table.add_section()
                 rich_table.add_row(*map(_rich, cells))
             console.print(rich_table)

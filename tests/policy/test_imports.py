@@ -83,7 +83,7 @@ LIBRARIES = {
     "gguf": ("tsp.loaders",),
     "huggingface_hub": ("tsp.source",),
     "jinja2": ("tsp.compare.page",),
-    "matplotlib": ("tsp.compare.plots", "tsp.figures"),
+    "matplotlib": ("tsp.compare.canvas", "tsp.compare.plots", "tsp.figures"),
     "mlflow": ("tsp.tracking",),
     "numpy": ("tsp.figures", "tsp.outcome"),
     "packaging": ("tsp.doctor",),

@@ -1,4 +1,4 @@
-"""Which pictures a comparison has, and what stands in each; how they are drawn is `plots.py`.
+"""Which pictures a comparison has, and what stands in each; how they are drawn is `plots.py` and `maps.py`.
 
     for figure in draw(comparison, Path("figures")):
         print(figure.path, figure.title)
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tsp.compare import plots
+from tsp.compare import maps, plots
 from tsp.compare.groups import Comparison, Group, Table
 from tsp.compare.rows import Row, make_rows
 
@@ -139,7 +139,7 @@ def _layers(group: Group, table: Table) -> _Picture | None:
         "Black: dropped in all jobs of the method; grey with a figure: in so many percent of them (seeds, settings and "
         "transfers together)."
     )
-    return "layers", "Which layers each method dropped", caption, plots.layer_map(panels)
+    return "layers", "Which layers each method dropped", caption, maps.layer_map(panels)
 
 
 def _calibration(group: Group, table: Table) -> _Picture | None:
@@ -184,7 +184,7 @@ def _slices(group: Group, table: Table) -> _Picture | None:
     if not panels:
         return None
     caption = "Perplexity on each slice of the text, times the dense model's; the darker, the more was lost there."
-    return "slices", "Loss by slice of the text", caption, plots.heat_table(panels)
+    return "slices", "Loss by slice of the text", caption, maps.heat_table(panels)
 
 
 def _trajectories(table: Table) -> Iterator[_Picture]:

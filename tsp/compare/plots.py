@@ -4,14 +4,13 @@ Marks and lines tell the first name of a series (the method), filling or a panel
 so that all is read in black and white too; colour only helps. No global state of matplotlib is touched.
 """
 
-import io
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tsp.figures import DPI, INK
+from tsp.compare.canvas import new_figure, png
+from tsp.figures import INK
 
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 _LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
@@ -85,7 +84,7 @@ def lines(
     panels = list(dict.fromkeys(point.panel for point in points))
     heads, tails = (sorted({getattr(point, part) for point in points}) for part in ("head", "tail"))
     size_in = max(3.1 * len(tails), 5.0) + 0.8, 2.9 * len(panels) + 0.7 + 0.25 * -(-len(heads) // 6)
-    figure, plots = _panels(len(tails), len(panels), *size_in, sharey="row")
+    figure, plots = new_figure(len(tails), len(panels), *size_in, sharey="row")
     handles: dict[str, Any] = {}
     for axes, (panel, tail) in zip(plots, itertools.product(panels, tails), strict=True):
         shown = [point for point in points if (point.panel, point.tail) == (panel, tail)]
@@ -106,7 +105,7 @@ def lines(
     figure.legend(
         [handles[head] for head in ordered], ordered, loc="outside lower center", ncols=6, fontsize=9, frameon=False
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _curves(axes: Any, points: Sequence[Point], style: _Style) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def dots(points: Sequence[Point], levels: Mapping[str, Mapping[str, float]]) -> 
     style, panels = _Style(points), list(dict.fromkeys(point.panel for point in points))
     order = [point.name for point in sorted(points, key=lambda point: -point.y) if point.panel == panels[0]]
     places = {name: place for place, name in enumerate(dict.fromkeys(order))}
-    figure, plots = _panels(len(panels), 1, 4.2 * len(panels) + 2.2, 1.5 + 0.3 * len(places))
+    figure, plots = new_figure(len(panels), 1, 4.2 * len(panels) + 2.2, 1.5 + 0.3 * len(places))
     for axes, panel in zip(plots, panels, strict=True):
         shown = [point for point in points if point.panel == panel and point.name in places]
         for point in shown:
@@ -150,13 +149,13 @@ def dots(points: Sequence[Point], levels: Mapping[str, Mapping[str, float]]) -> 
         axes.set_xlabel(f"perplexity on {panel}")
         axes.grid(linewidth=0.4, alpha=0.6)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def front(points: Sequence[Point], *, x_label: str, y_label: str) -> bytes:
     """Marks in a plane where right and down are better, and the front of those that nothing beats in both."""
     style = _Style(points)
-    figure, (axes,) = _panels(1, 1, 9.0, 5.0)
+    figure, (axes,) = new_figure(1, 1, 9.0, 5.0)
     for name in sorted({point.name for point in points}):
         series = [point for point in points if point.name == name]
         axes.plot(
@@ -182,7 +181,7 @@ def front(points: Sequence[Point], *, x_label: str, y_label: str) -> bytes:
     axes.set_ylabel(y_label)
     axes.grid(linewidth=0.4, alpha=0.6)
     figure.legend(loc="outside right upper", fontsize=8.5, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
@@ -192,79 +191,6 @@ def pareto(points: Sequence[Point]) -> list[Point]:
         if not best or point.y < best[-1].y:
             best.append(point)
     return best[::-1]
-
-
-def layer_map(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
-    """Methods downwards, layers to the right; a panel per number of layers dropped.
-
-    Args:
-        panels: by title, by method: the share of jobs that dropped each layer [L], in [0, 1].
-    """
-    heights = [len(rows) for rows in panels.values()]
-    num_layers = max(len(shares) for rows in panels.values() for shares in rows.values())
-    width_in = min(max(6.0, 2.0 + 0.33 * num_layers), 16.0)
-    figure, plots = _panels(1, len(panels), width_in, 0.8 * len(panels) + 0.3 * sum(heights) + 0.4, heights)
-    for axes, (title, rows) in zip(plots, panels.items(), strict=True):
-        axes.imshow(list(rows.values()), cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        for place, shares in enumerate(rows.values()):
-            for layer, share in enumerate(shares):
-                if 0 < share < 1:
-                    colour = "white" if share > 0.55 else INK
-                    axes.text(layer, place, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
-        _cells(axes, len(rows), num_layers)
-        axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
-        stride = next(stride for stride in (1, 2, 5, 10, 20) if num_layers / stride <= 40)
-        axes.set_xticks(range(0, num_layers, stride), map(str, range(0, num_layers, stride)), fontsize=8)
-        axes.set_title(title, loc="left", fontsize=10, color=INK)
-    plots[-1].set_xlabel("layer")
-    return _png(figure)
-
-
-def heat_table(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
-    """Numbers from 1 up with shades behind them, on one scale; a cell without a number was not measured.
-
-    Args:
-        panels: by title, by row, by column.
-    """
-    names = list(dict.fromkeys(name for rows in panels.values() for values in rows.values() for name in values))
-    top = max(1.1, *(value for rows in panels.values() for values in rows.values() for value in values.values()))
-    heights = [len(rows) for rows in panels.values()]
-    size_in = min(3.2 + 0.95 * len(names), 18.0), 0.9 + 0.4 * len(panels) + 0.27 * sum(heights)
-    figure, plots = _panels(1, len(panels), *size_in, heights)
-    for axes, (title, rows) in zip(plots, panels.items(), strict=True):
-        table = [[values.get(name, math.nan) for name in names] for values in rows.values()]
-        axes.imshow(table, cmap="Greys", vmin=1.0, vmax=top, aspect="auto", interpolation="nearest")
-        for (place, values), (column, _) in itertools.product(enumerate(table), enumerate(names)):
-            if not math.isnan(values[column]):
-                colour = "white" if (values[column] - 1) / (top - 1) > 0.55 else INK
-                text = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
-                axes.text(column, place, f"{values[column]:.2f}", **text)
-        _cells(axes, len(rows), len(names))
-        axes.set_yticks(range(len(rows)), list(rows), fontsize=8.5)
-        last = axes is plots[-1]
-        axes.set_xticks(range(len(names)), names if last else [""] * len(names), fontsize=8, rotation=30, ha="right")
-        axes.set_title(title, loc="left", fontsize=10, color=INK)
-    return _png(figure)
-
-
-def _panels(
-    columns: int,
-    num_rows: int,
-    width_in: float,
-    height_in: float,
-    heights: Sequence[float] | None = None,
-    sharey: Any = False,
-) -> tuple[Any, list[Any]]:
-    """An empty figure with its plots."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_in, height_in), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    plots = figure.subplots(num_rows, columns, squeeze=False, height_ratios=heights, sharey=sharey).flatten()
-    for axes in plots:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, list(plots)
 
 
 def _draw_levels(axes: Any, levels: Mapping[str, float]) -> None:
@@ -288,17 +214,3 @@ def _log_if_wide(axes: Any, points: Sequence[Point], axis: str) -> None:
     scale.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if max(values) / min(values) < 30 else (1, 2, 5)))
     scale.set_major_formatter(StrMethodFormatter("{x:g}"))
     scale.set_minor_formatter(NullFormatter())
-
-
-def _cells(axes: Any, num_rows: int, num_columns: int) -> None:
-    """Thin lines between the cells."""
-    axes.set_xticks([column - 0.5 for column in range(1, num_columns)], minor=True)
-    axes.set_yticks([row - 0.5 for row in range(1, num_rows)], minor=True)
-    axes.grid(which="minor", color="#b8bdc9", linewidth=0.6)
-    axes.tick_params(which="both", length=0)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -1,7 +1,7 @@
 """Tables as text, for the terminal and for the page: which columns, what stands in each cell, and its mark."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tsp.compare.groups import Table
 from tsp.compare.measures import COST, Column, Stat, columns, of_the_table
@@ -9,8 +9,11 @@ from tsp.compare.rows import Row
 
 LEGEND = (
     "* best of the rows with as many layers; ~ perplexity that cannot be told from the best (95 %, paired bootstrap "
-    "over the windows, seeds averaged); +- standard deviation over the n seeds; x dense: times the dense model's"
+    "over the windows, seeds averaged); ± standard deviation over the n seeds; x dense: times the dense model's"
 )
+
+_WITH_SPREAD = ("ppl/", "worst_slice", "task", "kl/", "top1/", "seconds")
+"""Of the others it says nothing more; the JSON document has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class Sheet:
 
     headings: list[str]
     rows: list[list[Cell]]
+    blocks: tuple[int, ...] = ()
+    """Rows before which a line is drawn: another number of layers, or the floor."""
 
 
 def main_sheet(table: Table, by: Sequence[str]) -> Sheet:
@@ -61,9 +66,8 @@ def cost_sheet(table: Table, by: Sequence[str], price_per_hour: float | None) ->
             stat = row.stats.get(name)
             cells.append(Cell(text=f"{stat.mean * price_per_hour:.4g}" if stat else "-"))
     at = f"at {price_per_hour:g} per device-hour"
-    return Sheet(
-        headings=[*plain.headings, f"price of the job, {at}", f"price per million served tokens, {at}"], rows=plain.rows
-    )
+    headings = [*plain.headings, f"price of the job, {at}", f"price per million served tokens, {at}"]
+    return replace(plain, headings=headings)
 
 
 def task_sheet(table: Table, by: Sequence[str]) -> Sheet | None:
@@ -82,7 +86,9 @@ def _sheet(rows: Sequence[Row], by: Sequence[str], found: Sequence[Column], *, m
         "n",
         *(column.title for column in found),
     ]
-    return Sheet(headings=headings, rows=[_cells(row, keys, has_setting, found, marks) for row in rows])
+    blocks = tuple(place for place in range(1, len(rows)) if rows[place].num_drop != rows[place - 1].num_drop)
+    cells = [_cells(row, keys, has_setting, found, marks) for row in rows]
+    return Sheet(headings=headings, rows=cells, blocks=blocks)
 
 
 def _cells(row: Row, keys: Sequence[str], has_setting: bool, found: Sequence[Column], marks: bool) -> list[Cell]:
@@ -105,7 +111,5 @@ def _cells(row: Row, keys: Sequence[str], has_setting: bool, found: Sequence[Col
 def _text(column: Column, stat: Stat | None) -> str:
     if stat is None:
         return "-"
-    spread = (
-        f" +- {column.text(stat.spread)}" if stat.spread and float(column.text(stat.spread).replace(",", "")) else ""
-    )
-    return column.text(stat.mean) + spread
+    shown = column.text(stat.spread) if stat.spread and column.name.startswith(_WITH_SPREAD) else ""
+    return column.text(stat.mean) + (f" ± {shown}" if shown.strip("0.") else "")
