@@ -6,9 +6,10 @@
 Every table of every group gets its own; a picture that would show nothing is not made.
 """
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tsp.compare import maps, plots
@@ -57,11 +58,20 @@ def _pictures(group: Group, table: Table) -> Iterator[_Picture]:
     """Name, title, caption and content of each picture of a table."""
     if not table.rows:
         return
-    yield _perplexity(group, table)
-    for found in (_pareto(table), _layers(group, table), _calibration(group, table), _slices(group, table)):
-        if found is not None:
-            yield found
+    # A model that diverged has no place on an axis; the tables and the map of layers have it.
+    shown = replace(table, rows=[row for row in table.rows if math.isfinite(_worst(row))])
+    if shown.rows:
+        yield _perplexity(group, shown)
+        for found in (_pareto(shown), _calibration(group, shown), _slices(group, shown)):
+            if found is not None:
+                yield found
+    yield _layers(group, table)
     yield from _trajectories(table)
+
+
+def _worst(row: Row) -> float:
+    """Perplexity on the corpus that lost most, times dense."""
+    return max(stat.mean for name, stat in row.stats.items() if name.startswith("ppl_ratio/"))
 
 
 def _perplexity(group: Group, table: Table) -> _Picture:
@@ -110,7 +120,7 @@ def _pareto(table: Table) -> _Picture | None:
             tail=_tail(row),
             panel=str(row.num_drop),
             x=statistics.fmean(by_size[row.stats["parameters"].mean]),
-            y=max(stat.mean for name, stat in row.stats.items() if name.startswith("ppl_ratio/")),
+            y=_worst(row),
         )
         for row in table.rows
     ]
@@ -124,7 +134,7 @@ def _pareto(table: Table) -> _Picture | None:
     return "quality-speed", f"Quality against {kinds[0]} speed", caption, content
 
 
-def _layers(group: Group, table: Table) -> _Picture | None:
+def _layers(group: Group, table: Table) -> _Picture:
     panels: dict[str, dict[str, list[float]]] = {}
     for num_drop in sorted({row.num_drop for row in table.rows}):
         rows = [row for row in table.rows if row.num_drop == num_drop]
@@ -177,7 +187,8 @@ def _slices(group: Group, table: Table) -> _Picture | None:
             for corpus, slices in (job.result.get("slices") or {}).items():
                 for name, measured in slices.items():
                     ppl = measured["ppl"]
-                    ratios.setdefault(f"{corpus}: {name}", []).append(ppl["pruned"] / ppl["dense"])
+                    if math.isfinite(ppl["pruned"]):
+                        ratios.setdefault(f"{corpus}: {name}", []).append(ppl["pruned"] / ppl["dense"])
         if ratios:
             panel = panels.setdefault(f"{row.num_drop} of {group.num_layers} layers dropped", {})
             panel[row.label] = {name: statistics.fmean(of) for name, of in ratios.items()}

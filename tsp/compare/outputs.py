@@ -1,5 +1,6 @@
 """A comparison as one JSON document, and as artifacts of the run of a sweep."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,14 +22,23 @@ class Tracker(Protocol):
 
 
 def as_document(comparison: Comparison) -> dict[str, Any]:
-    """All of a comparison in plain values, for `--json`."""
-    return {
+    """All of a comparison in plain values, for `--json`; what is infinite is null, as JSON knows no other word."""
+    document: dict[str, Any] = {
         "schema": SCHEMA,
         "experiment": comparison.experiment,
         "by": list(comparison.by),
         "groups": [_group(group) for group in comparison.groups],
         "verdict": [asdict(sentence) | {"text": sentence.text} for sentence in comparison.verdict],
     }
+    return _finite(document)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def log_comparison(comparison: Comparison, tracker: Tracker, folder: Path) -> None:

@@ -21,7 +21,7 @@ class Difference:
 
     outcome: Outcome
     percent: float
-    """By how much the perplexity lies above (negative: below) the other's."""
+    """By how much the perplexity lies above (negative: below) the other's; infinite: it diverged."""
     interval_percent: tuple[float, float] | None
     """95 %; None: the losses of the windows were not kept, and the outcome is that of the means."""
     within_spread: bool | None
@@ -36,15 +36,19 @@ def difference(row: Row, other: Row, corpus: str) -> Difference:
     mine, theirs = window_losses(row, corpus), window_losses(other, corpus)
     within = _within_spread(row.stats[f"ppl/{corpus}"], other.stats[f"ppl/{corpus}"])
     if mine is None or theirs is None or len(mine) != len(theirs):
-        ratio = row.stats[f"ppl/{corpus}"].mean / other.stats[f"ppl/{corpus}"].mean
-        outcome: Outcome = "wins" if ratio < 1 else "loses" if ratio > 1 else "ties"
-        return Difference(outcome=outcome, percent=100 * (ratio - 1), interval_percent=None, within_spread=within)
+        return _of_means(row.stats[f"ppl/{corpus}"].mean, other.stats[f"ppl/{corpus}"].mean, within)
     # The ratio of the geometric means over the seeds, which the interval is of.
     percent = 100 * (math.exp((math.fsum(mine) - math.fsum(theirs)) / len(mine)) - 1)
     low, high = ratio_interval(mine, theirs)
-    outcome = "wins" if high < 1 else "loses" if low > 1 else "ties"
+    outcome: Outcome = "wins" if high < 1 else "loses" if low > 1 else "ties"
     interval = (100 * (low - 1), 100 * (high - 1))
     return Difference(outcome=outcome, percent=percent, interval_percent=interval, within_spread=within)
+
+
+def _of_means(mine: float, theirs: float, within: bool | None) -> Difference:
+    outcome: Outcome = "wins" if mine < theirs else "loses" if mine > theirs else "ties"
+    ratio = 1.0 if mine == theirs else mine / theirs
+    return Difference(outcome=outcome, percent=100 * (ratio - 1), interval_percent=None, within_spread=within)
 
 
 def _within_spread(mine: Stat, theirs: Stat) -> bool | None:
@@ -54,9 +58,11 @@ def _within_spread(mine: Stat, theirs: Stat) -> bool | None:
 
 
 def window_losses(row: Row, corpus: str) -> list[float] | None:
-    """Of each window the mean over the row's jobs, nats per token; None: not kept by all of them."""
+    """Of each window the mean over the row's jobs, nats per token; None: not kept by all of them, or not finite."""
     losses = [job.window_losses.get(corpus, ()) for job in row.jobs]
     if not all(losses) or len({len(of_job) for of_job in losses}) > 1:
+        return None
+    if not all(math.isfinite(loss) for of_job in losses for loss in of_job):
         return None
     return [math.fsum(window) / len(window) for window in zip(*losses, strict=True)]
 

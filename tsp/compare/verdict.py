@@ -4,6 +4,7 @@ The two-stage method (`trsp`: the paper, `tsp`: the project's preset) is held ag
 own control: the same selection, then plain fine-tuning for as long.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +168,8 @@ def _in_words(duels: Sequence[Duel]) -> list[str]:
 def _duel_in_words(duel: Duel) -> str:
     rival = f"the best baseline, {duel.rival}," if duel.against == "baseline" else f"its plain control, {duel.rival},"
     found = duel.difference
+    if math.isinf(found.percent):
+        return f"loses to {rival.rstrip(',')}: it diverged"
     notes = ["not tested: the losses of the windows were not kept"]
     if found.interval_percent is not None:
         low, high = found.interval_percent
@@ -178,7 +181,8 @@ def _duel_in_words(duel: Duel) -> str:
         notes.append("less than the spread over the seeds")
     note = f" ({'; '.join(notes)})"
     if found.outcome == "ties":
-        return f"cannot be told from {rival} {found.percent:+.1f} %{note}"
+        # Without a minus before zero.
+        return f"cannot be told from {rival} {round(found.percent, 1) + 0.0:+.1f} %{note}"
     verb = "wins against" if found.outcome == "wins" else "loses to"
     return f"{verb} {rival} by {abs(found.percent):.1f} %{note}"
 

@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -67,6 +68,8 @@ def finished_jobs(root: Path, experiment: str | None) -> list[FinishedJob]:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
+    # A bar for each of hundreds of small files would be all that is seen.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     name = experiment_name(experiment)
     uri = resolve_uri(root)
     path = sqlite_path(uri)
