@@ -15,6 +15,7 @@ from pathlib import Path
 from tsp.compare import maps, plots
 from tsp.compare.groups import Comparison, Group, Table
 from tsp.compare.rows import Row, make_rows
+from tsp.compare.verdict import TRANSFER, TWO_STAGE
 
 TRAJECTORIES = "figures/gate_trajectories.png"
 
@@ -199,9 +200,10 @@ def _slices(group: Group, table: Table) -> _Picture | None:
 
 
 def _trajectories(table: Table) -> Iterator[_Picture]:
-    """Of each selection with gates one picture per number of layers, from the job with the most to see."""
+    """Of each selection by gates one picture per number of layers, from the job with the most to see."""
     seen: set[tuple[str, int]] = set()
-    for row in sorted(table.rows, key=lambda row: row.transfer != "stage2"):
+    rows = [row for row in table.rows if row.method in TWO_STAGE]
+    for row in sorted(rows, key=lambda row: row.transfer != TRANSFER):
         content = None if (row.method, row.num_drop) in seen else row.jobs[0].read(TRAJECTORIES)
         if content is not None:
             seen.add((row.method, row.num_drop))

@@ -65,9 +65,6 @@ def finished_jobs(root: Path, experiment: str | None) -> list[FinishedJob]:
         ConfigError: no store, no such experiment, or no finished job in it.
         TrackingError: the store cannot be used.
     """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
     # A bar for each of hundreds of small files would be all that is seen.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     name = experiment_name(experiment)
@@ -77,6 +74,9 @@ def finished_jobs(root: Path, experiment: str | None) -> list[FinishedJob]:
         raise ConfigError(
             f"there is no tracking store {path}; run this where the jobs ran, or set MLFLOW_TRACKING_URI to their store"
         )
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
     open_store(uri, root)
     client = MlflowClient(uri)
     try:
