@@ -1,17 +1,16 @@
 """The command line: click -> typed config -> one call. Heavy imports are made inside the commands."""
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tsp import __version__
-from tsp.exits import exit_codes, run_passing_signals
+from tsp.cli_compare import compare
+from tsp.exits import exit_codes, run_passing_signals, stdout_kept_clean
 from tsp.options import (
     Command,
     Group,
@@ -28,6 +27,9 @@ from tsp.paths import shipped
 @click.version_option(__version__, prog_name="tsp")
 def main() -> None:
     """Make language models smaller by removing whole layers without losing what they know."""
+
+
+main.add_command(compare)
 
 
 @click.command(cls=Command)
@@ -79,7 +81,7 @@ def evaluate(
     model: str, eval_data: tuple[str, ...], ds: Path | None, overrides: tuple[str, ...], as_json: bool, debug: bool
 ) -> None:
     """Measure the perplexity of a model on some corpora."""
-    with exit_codes(debug=debug), _stdout_kept_clean() as stdout:
+    with exit_codes(debug=debug), stdout_kept_clean() as stdout:
         from tsp.config import load_config, nest, parse_override
         from tsp.evaluate import evaluate_model
 
@@ -104,7 +106,7 @@ def evaluate(
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def drop(model: str, layers: str, output: Path, trust_remote_code: bool, debug: bool) -> None:
     """Write a model without some layers, shard by shard, without building it."""
-    with exit_codes(debug=debug), _stdout_kept_clean() as stdout:
+    with exit_codes(debug=debug), stdout_kept_clean() as stdout:
         dropped = layer_indices("--layers", layers)
         from tsp.drop import drop_to
 
@@ -129,7 +131,7 @@ def verify(
     debug: bool,
 ) -> None:
     """Prove that a pruned checkpoint works with transformers alone; exit 3 where it does not."""
-    with exit_codes(debug=debug), _stdout_kept_clean() as stdout:
+    with exit_codes(debug=debug), stdout_kept_clean() as stdout:
         dropped = layer_indices("--layers", layers) if layers else []
         from tsp.report import print_verification
         from tsp.verify import verify as look
@@ -158,7 +160,7 @@ def ui(port: int, debug: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def doctor(as_json: bool) -> None:
     """Check this machine: Python, compiler, packages, GPUs, tracking store; and say what to do."""
-    with exit_codes(), _stdout_kept_clean() as stdout:
+    with exit_codes(), stdout_kept_clean() as stdout:
         from tsp.doctor import examine
         from tsp.report import print_checks
 
@@ -174,7 +176,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def sync(as_json: bool) -> None:
     """Deliver to MLflow what earlier jobs could not."""
-    with exit_codes(), _stdout_kept_clean() as stdout:
+    with exit_codes(), stdout_kept_clean() as stdout:
         from tsp.tracking.spool import sync as deliver
 
         delivered = [entry._asdict() for entry in deliver(Path.cwd())]
@@ -269,12 +271,3 @@ def _again(context: click.Context) -> list[str]:
 
 def _as_word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-@contextlib.contextmanager
-def _stdout_kept_clean() -> Iterator[Any]:
-    """Libraries that print to stdout print to stderr for the length of a block; yields the real stdout."""
-    stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        yield stdout
-    stdout.flush()
