@@ -158,8 +158,7 @@ class Engine:
             yield Mounted(model, engine if optimizer else None, self._accumulation)
         finally:
             engine.destroy()
-            # deepspeed 0.19 leaves two hooks on the model, which would keep engine and optimizer in memory, and the model
-            # in a list.
+            # deepspeed 0.19 leaves hooks on the model, which keep engine and optimizer alive, and the model in a list.
             for held, before in zip(_hooks(model), hooks, strict=True):
                 for key in held.keys() - before.keys():
                     del held[key]
