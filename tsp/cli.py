@@ -241,7 +241,9 @@ def _sweep(options: dict[str, Any], configs: list[tuple[dict[str, Any], Any]], w
         return
     children, links = run_sweep(jobs, root)
     if _is_first_rank():
-        print_sweep(children, links["run"])
+        from tsp.tracking.run import experiment_name
+
+        print_sweep(children, experiment_name(jobs[0].config.tracking.experiment), links["run"])
     if any(child.status == "FAILED" for child in children):
         sys.exit(1)
 

@@ -1,6 +1,7 @@
 """What a person sees: tables on stdout, and the commands to look further."""
 
 import json
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -31,7 +32,7 @@ def _plan(job: "Job") -> dict[str, Any]:
     }
 
 
-def print_sweep(children: "list[Child]", run_link: str, stdout: TextIO | None = None) -> None:
+def print_sweep(children: "list[Child]", experiment: str, run_link: str, stdout: TextIO | None = None) -> None:
     """How each job of a sweep ended."""
     console = Console(file=stdout or sys.stdout, highlight=False)
     table = Table(title=f"{len(children)} jobs")
@@ -44,6 +45,7 @@ def print_sweep(children: "list[Child]", run_link: str, stdout: TextIO | None = 
         values = (str(child.varied.get(key, "")) for key in keys)
         table.add_row(*values, child.status.lower(), child.run_id or "-", child.reason or "")
     console.print(table)
+    console.print(f"compare     tsp compare {shlex.quote(experiment)} --report comparison.html", soft_wrap=True)
     console.print(f"look        tsp ui   # then {run_link}", soft_wrap=True)
 
 
