@@ -49,8 +49,30 @@ class EvalConfig(_Section):
     """Windows per corpus, evenly spread; None: all of them, as the field's protocol has it."""
     batch_size: int = Field(8, ge=1)
     """Windows per forward pass and rank."""
+    compare_positions: int = Field(4096, ge=0)
+    """Positions per corpus at which the dense model's logits stay in host memory, to compare with; 0: no comparison."""
+    slices: str | None = None
+    """YAML that names parts of the text, each measured by itself, see `tsp/slices.py`; None: none."""
+    prompts: int = Field(8, ge=0)
+    """Prompts of 32 tokens that are continued greedily by 32 more; 0: not measured."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, by name (extra `eval`)."""
+    task_folder: str | None = None
+    """Folder of task YAMLs of your own; None: only those that come with lm-evaluation-harness."""
+    task_limit: int | None = Field(None, ge=1)
+    """Examples per task, the first ones; None: all."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Worked examples before each question; None: as the task has it."""
     speed_runs: int = Field(5, ge=0)
-    """Timed forward passes for the tokens/s of the table, after one to warm up; 0: not measured."""
+    """Timed forward passes over one prompt of 2048 tokens (or the model's positions), after one to warm up; 0: none."""
+    generation_runs: int = Field(0, ge=0)
+    """Timed generations with the saved folders, after one to warm up; 0: not measured. 10 in the field's protocol."""
+    generation_batch: int = Field(64, ge=1)
+    """Sequences generated at once."""
+    generation_prompt_tokens: int = Field(64, ge=1)
+    """Tokens of each of their prompts."""
+    generation_new_tokens: int = Field(128, ge=1)
+    """Tokens that each gets."""
 
 
 class PruneSection(_Section):

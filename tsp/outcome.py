@@ -3,23 +3,30 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from tsp import __version__
 from tsp.config import flatten
-from tsp.engine import Engine
-from tsp.evaluation.confidence import ratio_interval
+from tsp.engine import Engine, weights_dtype
+from tsp.errors import ModelError
+from tsp.evaluation.generation_speed import measure_folder
+from tsp.evaluation.summary import metrics, summarise
 from tsp.records import DropReport, Evaluation, Scores, Selection, write_json
+from tsp.sizes import cache_bytes_per_token, size_gib
 from tsp.tracking.registry import register_checkpoint
 from tsp.tracking.run import Tracker, start_run
 
 if TYPE_CHECKING:
     from tsp.pipeline import Job
+
+log = logging.getLogger("tsp")
 
 RESULT_SCHEMA = 1
 _VERSIONED = ("torch", "deepspeed", "transformers", "mlflow")
@@ -106,8 +113,9 @@ def publish(
 def _result(job: "Job", outcome: Outcome, tracker: Tracker, seconds: dict[str, float]) -> dict[str, Any]:
     dropped = outcome.selection.doomed
     parameters = job.source.num_parameters
-    corpora = [corpus.name for corpus in job.evals]
-    speed = {state: evaluation.prompt_tokens_per_s for state, evaluation in outcome.states.items()}
+    measured = summarise(outcome.states)
+    measured["speed"]["generation_tokens_per_s"] = _generation_speed(job, outcome)
+    cuts = {"dense": (), "pruned": dropped}
     return {
         "schema": RESULT_SCHEMA,
         "run_id": tracker.run_id,
@@ -119,16 +127,13 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker, seconds: dict[str, f
         "num_layers": job.source.num_layers,
         "dropped": list(dropped),
         "scores": list(outcome.scores.values),
-        "perplexity": {
-            corpus: {state: evaluation.perplexity[corpus].ppl for state, evaluation in outcome.states.items()}
-            for corpus in corpora
-        },
-        "ppl_ratio_interval": {corpus: _ratio_intervals(outcome, corpus) for corpus in corpora},
+        **measured,
         "parameters": {
             "dense": parameters,
             "pruned": parameters - sum(job.source.layer_parameters[index] for index in dropped),
         },
-        "speed": {"prompt_tokens_per_s": speed},
+        "size_gib": {state: size_gib(job.source, cut) for state, cut in cuts.items()},
+        "kv_cache_bytes_per_token": {state: cache_bytes_per_token(job.source, cut) for state, cut in cuts.items()},
         "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
         "peak_memory_gib": outcome.peak_memory_gib,
         "weights_gib": outcome.weights_gib,
@@ -138,14 +143,26 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker, seconds: dict[str, f
     }
 
 
-def _ratio_intervals(outcome: Outcome, corpus: str) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the ratios to the dense model's perplexity."""
-    losses = {state: evaluation.perplexity[corpus].window_losses for state, evaluation in outcome.states.items()}
-    return {state: ratio_interval(losses[state], losses["dense"]) for state in losses if state != "dense"}
+def _generation_speed(job: "Job", outcome: Outcome) -> dict[str, float]:
+    """Tokens per second of the dense and of the pruned folder; empty: not asked for, or there is no room for them."""
+    if not job.config.eval.generation_runs:
+        return {}
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = weights_dtype(job.config, device)
+    folders = {"dense": str(job.source.folder), "pruned": outcome.drop.checkpoint}
+    try:
+        return {
+            state: measure_folder(folder, job.config.eval, device, dtype, trust=job.source.trust_remote_code)
+            for state, folder in folders.items()
+        }
+    except ModelError as error:
+        # The job has done its work; it is not to fail for a figure.
+        log.warning("generation is not measured: %s", error)
+        return {}
 
 
 def _metrics(result: dict[str, Any], outcome: Outcome) -> dict[str, float]:
-    metrics = {
+    values = {
         "prune/num_dropped": len(result["dropped"]),
         "prune/parameters_ratio": result["parameters"]["pruned"] / result["parameters"]["dense"],
         "prune/loss_dense": outcome.selection.loss_dense,
@@ -153,19 +170,8 @@ def _metrics(result: dict[str, Any], outcome: Outcome) -> dict[str, float]:
         "prune/max_logit_difference": outcome.drop.max_logit_difference,
         "perf/peak_memory_gib": max(result["peak_memory_gib"]),
     }
-    ratios = {}
-    for corpus, ppl in result["perplexity"].items():
-        metrics |= {f"eval/{corpus}/ppl_{state}": value for state, value in ppl.items()}
-        ratios[corpus] = ppl["pruned"] / ppl["dense"]
-    metrics |= {f"ppl_ratio/{corpus}": ratio for corpus, ratio in ratios.items()}
-    for corpus, intervals in result["ppl_ratio_interval"].items():
-        low, high = intervals["pruned"]
-        metrics |= {f"eval/{corpus}/ppl_ratio_low": low, f"eval/{corpus}/ppl_ratio_high": high}
-    metrics["ppl_ratio"] = max(ratios.values())
-    speed = result["speed"]["prompt_tokens_per_s"]
-    metrics |= {f"eval/prompt_tokens_per_s_{state}": value for state, value in speed.items() if value is not None}
-    metrics |= {f"perf/weights_gib_rank_{rank:03d}": gib for rank, gib in enumerate(result["weights_gib"])}
-    return metrics
+    values |= {f"perf/weights_gib_rank_{rank:03d}": gib for rank, gib in enumerate(result["weights_gib"])}
+    return values | metrics(result)
 
 
 def _last_step(outcome: Outcome) -> int:

@@ -21,16 +21,17 @@ from tsp import selection
 from tsp.checkpoint import load, prove, require_new, save_without
 from tsp.config import JobConfig, ModelConfig, number_to_drop
 from tsp.data import Corpus, evenly_spread, load_corpora
-from tsp.engine import Engine, Mounted, weights_dtype
+from tsp.engine import Engine, weights_dtype
 from tsp.errors import ModelError
-from tsp.evaluation.perplexity import perplexity, window_losses
-from tsp.evaluation.speed import prompt_tokens_per_s
+from tsp.evaluation.generation_speed import check_fits
+from tsp.evaluation.state import Exam, evaluate_state
+from tsp.evaluation.zero_shot import Tasks, open_tasks
 from tsp.methods import score_verb, transfer_verb
 from tsp.methods.base import Bench
 from tsp.outcome import Outcome, open_run, publish
 from tsp.plan import Plan, make_plan
 from tsp.progress import logging_to
-from tsp.records import DropReport, Evaluation, Scores, Selection
+from tsp.records import DropReport, Scores, Selection
 from tsp.sharding import read_json, resolve
 from tsp.source import Source, check_drop, load_tokenizer, open_source
 from tsp.tracking.null import NullTracker
@@ -51,6 +52,7 @@ class Job:
     source: Source
     calibration: Corpus
     evals: list[Corpus]
+    tasks: Tasks | None
     plan: Plan
     output: Path | None
     command: str
@@ -97,7 +99,10 @@ def prepare(config: JobConfig, ds_path: Path, output: Path | None, *, root: Path
     dtype = weights_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     hidden_size = source.config.get_text_config(decoder=True).hidden_size
     sharding = resolve(content, config, world_size=world_size, hidden_size=hidden_size, dtype=dtype)
-    calibration, evals = load_corpora(config, load_tokenizer(source), source.max_positions)
+    tokenizer = load_tokenizer(source)
+    check_fits(config.eval, source.max_positions)
+    calibration, evals = load_corpora(config, tokenizer, source.max_positions)
+    tasks = open_tasks(config.eval, tokenizer, source.max_positions)
     plan = make_plan(
         config,
         source,
@@ -113,6 +118,7 @@ def prepare(config: JobConfig, ds_path: Path, output: Path | None, *, root: Path
         source=source,
         calibration=calibration,
         evals=evals,
+        tasks=tasks,
         plan=plan,
         output=output,
         command=" ".join(sys.argv),
@@ -164,16 +170,23 @@ def _prune(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Pat
         load_again=lambda: load_model(engine.loading()),
         protected=_protected(config, source),
     )
+    exam = Exam(
+        config=config.eval,
+        corpora=job.evals,
+        max_positions=source.max_positions,
+        sharing=engine.sharing(config.eval.batch_size),
+        tasks=job.tasks,
+    )
     with engine.mounted(decoder.model) as model:
         bench.model = model
         with watch("evaluate"):
-            dense = _evaluate(job, engine, model, "dense")
+            dense = evaluate_state(exam, model, "dense")
         with watch("select"):
             scores = _score(bench, job.plan.num_drop)
             chosen = _select(bench, scores, job.plan.num_drop)
             check_drop(source, chosen.doomed)
         with watch("evaluate"), decoder.bypassing(chosen.doomed):
-            bare_drop = _evaluate(job, engine, model, "bare drop")
+            bare_drop = evaluate_state(exam, model, "bare_drop")
         bench.model = None
     with watch("transfer"):
         transfer = transfer_verb(config.transfer)
@@ -182,7 +195,7 @@ def _prune(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Pat
     probe = job.evals[0].blocks[:2, :_PROBE_TOKENS]
     with engine.mounted(decoder.model) as model, decoder.bypassing(chosen.doomed):
         with watch("evaluate"):
-            pruned = _evaluate(job, engine, model, "pruned")
+            pruned = evaluate_state(exam, model, "pruned")
         with torch.no_grad():
             logits = model(probe.to(engine.device))
     with watch("save"):
@@ -241,18 +254,6 @@ def _select(bench: Bench, scores: Scores, num_drop: int) -> Selection:
         )
     log.info("doomed layers %s", ",".join(map(str, best)))
     return Selection(doomed=best, loss_dense=loss(()), loss_bypassed=best_loss, swapped=best != doomed)
-
-
-def _evaluate(job: Job, engine: Engine, model: Mounted, state: str) -> Evaluation:
-    perplexities = {}
-    for corpus in job.evals:
-        sharing = engine.sharing(job.config.eval.batch_size)
-        losses = window_losses(model, corpus.blocks, **sharing, name=f"evaluate {state} on {corpus.name}")
-        perplexities[corpus.name] = perplexity(losses, corpus.blocks.shape[1])
-    speed = None
-    if job.config.eval.speed_runs:
-        speed = prompt_tokens_per_s(model, job.evals[0].blocks[0].to(engine.device), job.config.eval.speed_runs)
-    return Evaluation(perplexity=perplexities, prompt_tokens_per_s=speed)
 
 
 def _prove(checkpoint: Path, tokens: Tensor, logits: Tensor, dropped: Sequence[int], source: Source) -> DropReport:
