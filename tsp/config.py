@@ -54,7 +54,9 @@ class EvalConfig(_Section):
     slices: str | None = None
     """YAML that names parts of the text, each measured by itself, see `tsp/slices.py`; None: none."""
     prompts: int = Field(8, ge=0)
-    """Prompts of 32 tokens that are continued greedily by 32 more; 0: not measured."""
+    """Prompts of 32 tokens that are continued greedily, to see whether it still writes; 0: not measured."""
+    continuation_tokens: int = Field(32, ge=4)
+    """Tokens by which each of them is continued."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, by name (extra `eval`)."""
     task_folder: str | None = None

@@ -14,12 +14,17 @@ from tsp.data import evenly_spread
 from tsp.evaluation.windows import per_window
 
 PROMPT_TOKENS = 32
-NEW_TOKENS = 32
 _GRAM = 4
 
 
 def greedy_continuations(
-    forward: Callable[[Tensor], Tensor], blocks_NT: Tensor, num_prompts: int, max_positions: int, **sharing: Any
+    forward: Callable[[Tensor], Tensor],
+    blocks_NT: Tensor,
+    *,
+    num_prompts: int,
+    num_new: int,
+    max_positions: int,
+    **sharing: Any,
 ) -> tuple[tuple[int, ...], ...]:
     """Continue the first tokens of some windows.
 
@@ -27,7 +32,8 @@ def greedy_continuations(
         forward: tokens `[b, t]` -> logits `[b, t, V]`.
         blocks_NT: windows `[N, T]` int64, of which `num_prompts` are taken at even distances.
         num_prompts: at most N.
-        max_positions: of the model; prompt and continuation are halves of it where it has less than they ask for.
+        num_new: tokens by which each is continued.
+        max_positions: of the model; prompts are half of them where 32 tokens are more, continuations what is left.
         **sharing: of `per_window`; ranks share the prompts.
 
     Returns:
@@ -35,10 +41,10 @@ def greedy_continuations(
     """
     length = min(PROMPT_TOKENS, max_positions // 2, blocks_NT.shape[1])
     prompts = evenly_spread(blocks_NT, num_prompts)[:, :length]
-    new = min(NEW_TOKENS, max_positions - length)
+    num_new = min(num_new, max_positions - length)
 
     def go_on(tokens_bt: Tensor) -> Tensor:
-        for _ in range(new):
+        for _ in range(num_new):
             tokens_bt = torch.cat([tokens_bt, forward(tokens_bt)[:, -1:].argmax(-1)], dim=1)
         return tokens_bt[:, length:]
 

@@ -56,8 +56,15 @@ def evaluate_state(exam: Exam, forward: Callable[[Tensor], Tensor], state: str) 
     first = exam.corpora[0].blocks
     continuations: tuple[tuple[int, ...], ...] = ()
     if config.prompts:
-        options = {**exam.sharing, "name": f"generate {_spoken(state)}"}
-        continuations = greedy_continuations(forward, first, config.prompts, exam.max_positions, **options)
+        continuations = greedy_continuations(
+            forward,
+            first,
+            num_prompts=config.prompts,
+            num_new=config.continuation_tokens,
+            max_positions=exam.max_positions,
+            **exam.sharing,
+            name=f"generate {_spoken(state)}",
+        )
     speed = None
     if config.speed_runs:
         prompt = first.flatten()[: min(2048, exam.max_positions)].to(exam.sharing["device"])
