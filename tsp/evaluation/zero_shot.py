@@ -50,7 +50,10 @@ def open_tasks(config: EvalConfig, tokenizer: Any, max_positions: int) -> Tasks 
         raise ConfigError("--tasks need lm-evaluation-harness: pip install 'tsp[eval]'") from None
     if config.task_folder is not None and not Path(config.task_folder).is_dir():
         raise DataError(f"eval.task_folder must be a folder of task YAMLs, got {config.task_folder}")
-    manager = TaskManager(include_path=config.task_folder)
+    # To index the thousands of tasks that come with the harness takes seconds.
+    manager = TaskManager(include_path=config.task_folder, include_defaults=False)
+    if not set(config.tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=config.task_folder)
     unknown = [name for name in config.tasks if name not in manager.all_tasks]
     if unknown:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=1)
