@@ -9,10 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from tsp.checkpoint import Gather
-from tsp.config import LoraConfig as LoraSettings
 from tsp.decoder import Decoder
 from tsp.errors import ModelError
 from tsp.linear import linear_maps
+from tsp.settings import LoraConfig as LoraSettings
 
 
 def add_adapters(decoder: Decoder, layers: Iterable[int], settings: LoraSettings, dtype: torch.dtype) -> None:

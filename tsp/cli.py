@@ -19,6 +19,8 @@ from tsp.options import (
     job_options,
     layer_indices,
     sharding_path,
+    slices_option,
+    tasks_option,
 )
 from tsp.paths import shipped
 
@@ -73,21 +75,33 @@ def prune(
 @main.command()
 @click.option("--model", required=True, help="Hub id, folder or models:/name@alias.")
 @click.option("--eval-data", multiple=True, required=True, help="Corpus to measure on; repeatable.")
+@click.option("--against", metavar="MODEL", help="The dense model it came from: compare with it.")
+@slices_option
+@tasks_option
 @click.option("--ds", type=click.Path(path_type=Path), help="DeepSpeed JSON that says how to shard [not at all].")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Dotted config key; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate(
-    model: str, eval_data: tuple[str, ...], ds: Path | None, overrides: tuple[str, ...], as_json: bool, debug: bool
+    model: str,
+    eval_data: tuple[str, ...],
+    against: str | None,
+    slices: str | None,
+    tasks: tuple[str, ...],
+    ds: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    debug: bool,
 ) -> None:
-    """Measure the perplexity of a model on some corpora."""
+    """Measure a model: perplexity, slices, tasks, generation, speed, size; also against the dense one."""
     with exit_codes(debug=debug), stdout_kept_clean() as stdout:
         from tsp.config import load_config, nest, parse_override
         from tsp.evaluate import evaluate_model
 
-        given = [nest("model.path", model), nest("eval.sources", list(eval_data))]
+        given = [nest("model.path", model), nest("eval.sources", list(eval_data)), nest("eval.slices", slices)]
+        given.append(nest("eval.tasks", list(tasks)))
         config = load_config([*given, *map(parse_override, overrides)])
-        result = evaluate_model(config, ds, root=Path.cwd(), world_size=_world_size())
+        result = evaluate_model(config, ds, root=Path.cwd(), world_size=_world_size(), against=against)
         if not _is_first_rank():
             return
         if as_json:
