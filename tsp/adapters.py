@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from tsp.checkpoint import Gather
-from tsp.config import LoraConfig as LoraSettings
 from tsp.decoder import Decoder
 from tsp.errors import ModelError
+from tsp.linear import linear_maps
+from tsp.settings import LoraConfig as LoraSettings
 
 
 def add_adapters(decoder: Decoder, layers: Iterable[int], settings: LoraSettings, dtype: torch.dtype) -> None:
@@ -24,12 +24,7 @@ def add_adapters(decoder: Decoder, layers: Iterable[int], settings: LoraSettings
         settings: rank and scale.
         dtype: of the adapters; DeepSpeed demands one dtype for all parameters and keeps fp32 masters of its own.
     """
-    targets = [
-        f"{decoder.path}.{index}.{name}"
-        for index in layers
-        for name, module in decoder.layers[index].named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
+    targets = [f"{decoder.path}.{index}.{name}" for index in layers for name, _ in linear_maps(decoder.layers[index])]
     if not targets:
         raise ModelError("the layers have no linear maps for adapters; set stage2.trainable=full")
     lora = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0)

@@ -7,8 +7,6 @@ import copy
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from tsp.decoder import Decoder
 from tsp.errors import ConfigError, ModelError
+from tsp.fresh import run_fresh
 from tsp.progress import phase
 from tsp.source import Source, one_line
 from tsp.surgery import kept_layers, mended_config, renamed
@@ -185,12 +184,7 @@ def prove(pruned: Source, tokens_BT: Tensor, logits_BTV: Tensor | None) -> dict[
         expected = {} if logits_BTV is None else {"logits": logits_BTV.cpu().contiguous()}
         code = ["--trust-remote-code"] * pruned.trust_remote_code
         save_file({"tokens": tokens_BT.cpu().contiguous(), **expected}, probe)
-        done = subprocess.run(
-            [sys.executable, "-m", "tsp.proof", str(pruned.folder), str(probe), *code],
-            capture_output=True,
-            text=True,
-            env={key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES},
-        )
+        done = run_fresh("tsp.proof", str(pruned.folder), str(probe), *code)
     if done.returncode:
         raise ModelError(
             f"the pruned checkpoint {pruned.folder} does not load: {done.stderr.strip().splitlines()[-1:]}"
@@ -213,17 +207,6 @@ def _faults(proof: dict[str, Any], dtype: torch.dtype) -> list[str]:
     if not proof["cached_equals_uncached"]:
         faults.append("it generates otherwise with a key-value cache than without")
     return faults
-
-
-_LAUNCHER_VARIABLES = {
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "CROSS_RANK",
-}
 
 
 @contextmanager

@@ -1,17 +1,16 @@
 """The command line: click -> typed config -> one call. Heavy imports are made inside the commands."""
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tsp import __version__
-from tsp.exits import exit_codes, run_passing_signals
+from tsp.cli_compare import compare
+from tsp.exits import exit_codes, run_passing_signals, stdout_kept_clean
 from tsp.options import (
     Command,
     Group,
@@ -20,6 +19,8 @@ from tsp.options import (
     job_options,
     layer_indices,
     sharding_path,
+    slices_option,
+    tasks_option,
 )
 from tsp.paths import shipped
 
@@ -28,6 +29,9 @@ from tsp.paths import shipped
 @click.version_option(__version__, prog_name="tsp")
 def main() -> None:
     """Make language models smaller by removing whole layers without losing what they know."""
+
+
+main.add_command(compare)
 
 
 @click.command(cls=Command)
@@ -71,21 +75,33 @@ def prune(
 @main.command()
 @click.option("--model", required=True, help="Hub id, folder or models:/name@alias.")
 @click.option("--eval-data", multiple=True, required=True, help="Corpus to measure on; repeatable.")
+@click.option("--against", metavar="MODEL", help="The dense model it came from: compare with it.")
+@slices_option
+@tasks_option
 @click.option("--ds", type=click.Path(path_type=Path), help="DeepSpeed JSON that says how to shard [not at all].")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Dotted config key; repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate(
-    model: str, eval_data: tuple[str, ...], ds: Path | None, overrides: tuple[str, ...], as_json: bool, debug: bool
+    model: str,
+    eval_data: tuple[str, ...],
+    against: str | None,
+    slices: str | None,
+    tasks: tuple[str, ...],
+    ds: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+    debug: bool,
 ) -> None:
-    """Measure the perplexity of a model on some corpora."""
-    with exit_codes(debug=debug), _stdout_kept_clean() as stdout:
+    """Measure a model: perplexity, slices, tasks, generation, speed, size; also against the dense one."""
+    with exit_codes(debug=debug), stdout_kept_clean() as stdout:
         from tsp.config import load_config, nest, parse_override
         from tsp.evaluate import evaluate_model
 
-        given = [nest("model.path", model), nest("eval.sources", list(eval_data))]
+        given = [nest("model.path", model), nest("eval.sources", list(eval_data)), nest("eval.slices", slices)]
+        given.append(nest("eval.tasks", list(tasks)))
         config = load_config([*given, *map(parse_override, overrides)])
-        result = evaluate_model(config, ds, root=Path.cwd(), world_size=_world_size())
+        result = evaluate_model(config, ds, root=Path.cwd(), world_size=_world_size(), against=against)
         if not _is_first_rank():
             return
         if as_json:
@@ -104,7 +120,7 @@ def evaluate(
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def drop(model: str, layers: str, output: Path, trust_remote_code: bool, debug: bool) -> None:
     """Write a model without some layers, shard by shard, without building it."""
-    with exit_codes(debug=debug), _stdout_kept_clean() as stdout:
+    with exit_codes(debug=debug), stdout_kept_clean() as stdout:
         dropped = layer_indices("--layers", layers)
         from tsp.drop import drop_to
 
@@ -129,7 +145,7 @@ def verify(
     debug: bool,
 ) -> None:
     """Prove that a pruned checkpoint works with transformers alone; exit 3 where it does not."""
-    with exit_codes(debug=debug), _stdout_kept_clean() as stdout:
+    with exit_codes(debug=debug), stdout_kept_clean() as stdout:
         dropped = layer_indices("--layers", layers) if layers else []
         from tsp.report import print_verification
         from tsp.verify import verify as look
@@ -158,7 +174,7 @@ def ui(port: int, debug: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def doctor(as_json: bool) -> None:
     """Check this machine: Python, compiler, packages, GPUs, tracking store; and say what to do."""
-    with exit_codes(), _stdout_kept_clean() as stdout:
+    with exit_codes(), stdout_kept_clean() as stdout:
         from tsp.doctor import examine
         from tsp.report import print_checks
 
@@ -174,7 +190,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def sync(as_json: bool) -> None:
     """Deliver to MLflow what earlier jobs could not."""
-    with exit_codes(), _stdout_kept_clean() as stdout:
+    with exit_codes(), stdout_kept_clean() as stdout:
         from tsp.tracking.spool import sync as deliver
 
         delivered = [entry._asdict() for entry in deliver(Path.cwd())]
@@ -239,7 +255,9 @@ def _sweep(options: dict[str, Any], configs: list[tuple[dict[str, Any], Any]], w
         return
     children, links = run_sweep(jobs, root)
     if _is_first_rank():
-        print_sweep(children, links["run"])
+        from tsp.tracking.run import experiment_name
+
+        print_sweep(children, experiment_name(jobs[0].config.tracking.experiment), links["run"])
     if any(child.status == "FAILED" for child in children):
         sys.exit(1)
 
@@ -269,12 +287,3 @@ def _again(context: click.Context) -> list[str]:
 
 def _as_word(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-@contextlib.contextmanager
-def _stdout_kept_clean() -> Iterator[Any]:
-    """Libraries that print to stdout print to stderr for the length of a block; yields the real stdout."""
-    stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        yield stdout
-    stdout.flush()

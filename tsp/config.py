@@ -1,4 +1,4 @@
-"""The typed config tree: every number of a job has its one master here, with its default and its range.
+"""The typed config tree; its sections, with every default and range, are in `settings.py`.
 
 `load_config(layers)` merges mappings, later ones win, checks the whole tree and reports all faults in one message.
 The layers of a job, weakest first: defaults here, the demo's YAML (no model given), the method's preset, the YAML of
@@ -10,171 +10,34 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from tsp.errors import ConfigError
+from tsp.settings import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    PruneSection,
+    ReplaceMeConfig,
+    Section,
+    Stage1Config,
+    Stage2Config,
+    TrackingConfig,
+    TrainConfig,
+)
 from tsp.yaml12 import parse_yaml
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
-
-class ModelConfig(_Section):
-    path: str | None = None
-    """Hub id, folder, or `models:/name@alias`; None: the embedded demo model."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub; None: the default branch."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the weights in memory. `auto`: bf16 on a GPU, fp32 on a CPU. Gates are always fp32."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-
-
-class DataConfig(_Section):
-    source: str = "stdlib"
-    """Calibration text: hub id (`name` or `name:configuration`), file or folder of .txt/.jsonl/.parquet, `stdlib`."""
-    block_tokens: int | None = Field(None, ge=2)
-    """Tokens per calibration sequence; None: min(2048, the model's positions)."""
-    max_blocks: int | None = Field(128, ge=1)
-    """Sequences to take from the corpus, evenly spread; None: all. 128 in the paper."""
-    tuning_blocks: int = Field(0, ge=0)
-    """Further sequences, neither trained nor reported on, whose loss after the transfer compares settings."""
-
-
-class EvalConfig(_Section):
-    sources: tuple[str, ...] = ()
-    """Corpora to measure on; empty: the 10 % of the calibration corpus that are held out."""
-    block_tokens: int | None = Field(None, ge=2)
-    """Tokens per window; None: min(2048, the model's positions)."""
-    max_blocks: int | None = Field(None, ge=1)
-    """Windows per corpus, evenly spread; None: all of them, as the field's protocol has it."""
-    batch_size: int = Field(8, ge=1)
-    """Windows per forward pass and rank."""
-    speed_runs: int = Field(5, ge=0)
-    """Timed forward passes for the tokens/s of the table, after one to warm up; 0: not measured."""
-
-
-class PruneSection(_Section):
-    method: str = "tsp"
-    """Name of a method or baseline, see `tsp prune --help`."""
-    ratio: float = Field(0.25, gt=0, lt=1)
-    """Share of the layers to drop: floor(ratio * L + 0.5) of them."""
-    num_drop: int | None = Field(None, ge=1)
-    """Layers to drop; None: from the ratio."""
-    drop: tuple[int, ...] | None = None
-    """Exactly these 0-based layers; None: the method chooses."""
-    protect_first: int = Field(0, ge=0)
-    """Layers at the start that are never dropped."""
-    protect_last: int = Field(0, ge=0)
-    """Layers at the end that are never dropped."""
-    score_blocks: int = Field(64, ge=1)
-    """Calibration sequences on which the baselines measure layers; the method's own gates see them all."""
-    reuse_prefix: bool = True
-    """`sleb` and `ppl`: do not compute the layers before a candidate again; holds L hidden states per batch."""
-    verify_blocks: int = Field(32, ge=1)
-    """Calibration sequences on which a selection's loss is measured, for the record and for the swap search."""
-    swap_rounds: int = Field(0, ge=0)
-    """Rounds of swap search after the selection: exchange a doomed for a kept layer while the loss falls."""
-
-
-class TrainConfig(_Section):
-    batch_size: int = Field(8, ge=1)
-    """Sequences per optimizer step, over all ranks."""
-    accumulation: int = Field(1, ge=1)
-    """Micro-batches per optimizer step and rank; batch_size = ranks * accumulation * micro-batch."""
-    activation_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, a third more time."""
-
-
-class Stage1Config(_Section):
-    placement: Literal["residual", "output"] = "residual"
-    """`residual`: the layer emits x_in + g * f(x_in); `output`: g * x_out (paper)."""
-    schedule: Literal["budget", "greedy", "one-shot"] = "budget"
-    """`budget`: projection on a shrinking budget; `greedy`: one layer a round (paper); `one-shot`: all at once."""
-    l1: Literal["subgradient", "proximal"] = "subgradient"
-    """How the l1 penalty acts (greedy and one-shot)."""
-    lambda1: float = Field(5e-3, ge=0)
-    """Weight of the l1 penalty (greedy and one-shot)."""
-    lr: float = Field(0.05, gt=0)
-    """Step size of the gates. `budget`: the mean step over all gates at the peak; else Adam's."""
-    steps: int = Field(100, ge=1)
-    """Optimizer steps: in all (`budget`, `one-shot`) or per doomed layer (`greedy`)."""
-    shrink_share: float = Field(0.5, gt=0, le=1)
-    """Share of the steps over which the budget shrinks from L to L - num_drop."""
-    sharpen: float = Field(4.0, ge=0)
-    """Final weight of g * (1 - g) beside the loss's gradient, whose mean size is 1 (`budget`)."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """Of the gates' gradient (`budget`)."""
-
-
-class LossWeights(_Section):
-    lm: float = Field(0.0, ge=0)
-    """Cross-entropy on the calibration text."""
-    distill: float = Field(1.0, ge=0)
-    """KL(dense || pruned) on the same tokens, times temperature squared, mean over tokens."""
-
-
-class LoraConfig(_Section):
-    rank: int = Field(32, ge=1)
-    """Of the adapters on every linear map of the layers."""
-    alpha: float = Field(64.0, gt=0)
-    """Adapters are scaled by alpha / rank."""
-
-
-class Stage2Config(_Section):
-    trainable: Literal["lora", "full", "none"] = "lora"
-    """What moves: adapters, all weights, or (for study) only the doomed layers' gates."""
-    task: LossWeights = LossWeights()
-    """Weights of the parts of the task loss."""
-    temperature: float = Field(1.0, gt=0)
-    """Of the distillation."""
-    lambda2: float = Field(0.0, ge=0)
-    """Weight of the gap penalty."""
-    gap_norm: Literal["l1", "l2"] = "l2"
-    """Norm of the gap of one token."""
-    gap_reduction: Literal["token-mean", "token-sum", "frobenius"] = "token-mean"
-    """From `[B, T]` token norms to a number; `frobenius`: the norm of the whole tensor."""
-    gates: Literal["hold", "anneal", "off"] = "off"
-    """Gates of the doomed layers: stay at 1 (paper), go linearly to 0, are 0 from the first step."""
-    anneal_share: float = Field(0.3, gt=0, le=1)
-    """Share of the steps over which `anneal` closes the gates."""
-    lr: float = Field(1e-3, ge=0)
-    """Peak learning rate of AdamW."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of AdamW."""
-    warmup_share: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises; after that it falls by a half cosine to a tenth."""
-    clip: float | None = Field(1.0, gt=0)
-    """Largest norm of the gradient; None: no clipping."""
-    steps: int = Field(100, ge=0)
-    """Optimizer steps."""
-    lora: LoraConfig = LoraConfig()
-    """Adapters of `trainable: lora`."""
-
-
-class TrackingConfig(_Section):
-    experiment: str | None = None
-    """MLflow experiment; None: MLFLOW_EXPERIMENT_NAME, else `tsp`."""
-    run_name: str | None = None
-    """Name of the run; None: method, model and ratio."""
-    register_as: str | None = None
-    """Name in the model registry; None: `<model>-pruned`."""
-    register_model: bool = True
-    """Register the pruned model."""
-    log_every: int = Field(1, ge=1)
-    """Steps between two points of a metric."""
-
-
-class JobConfig(_Section):
+class JobConfig(Section):
     """One pruning job."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     prune: PruneSection = PruneSection()
-    transfer: Literal["stage2", "finetune", "distill", "none"] = "stage2"
-    """How what the doomed layers know is moved: `finetune`, `distill`: drop first, then train as long as stage 2."""
+    transfer: Literal["stage2", "finetune", "distill", "replaceme", "none"] = "stage2"
+    """How what the doomed layers know is moved: `finetune`, `distill`: drop first, then train as long as stage 2;
+    `replaceme`: fold a linear map into the layer before, without training."""
     budget_s: float | None = Field(None, gt=0)
     """Seconds for selection and transfer together: the transfer trains until they are over; None: `stage2.steps`."""
     save: bool = True
@@ -182,6 +45,7 @@ class JobConfig(_Section):
     train: TrainConfig = TrainConfig()
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
+    replaceme: ReplaceMeConfig = ReplaceMeConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: int = Field(0, ge=0)
     """Of the order of the sequences, the adapters' start values and random choices."""

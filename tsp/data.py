@@ -1,14 +1,13 @@
 """Any corpus -> token blocks `[N, T]` and a fingerprint.
 
-A source is a file or folder of .txt (one document), .jsonl or .parquet (one document a row), a dataset on the hub
-(its rows joined by blank lines), or `stdlib`. Each document is tokenised once with the tokenizer's own special tokens;
-the documents are joined and cut into blocks of equal length, the tail is dropped.
+Each document of a source (see `documents.py`) is tokenised once with the tokenizer's own special tokens; the documents
+are joined and cut into blocks of equal length, the tail is dropped. Beside the blocks stands which token belongs to
+which slice (see `slices.py`); slices change no token.
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor
 
 from tsp.config import JobConfig
-from tsp.demo.corpus import stdlib_documents
+from tsp.documents import SUFFIXES, documents
 from tsp.errors import DataError
-
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+from tsp.slices import Document, Slice, read_slices, token_marks
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class Corpus:
     source: str
     blocks: Tensor
     """`[N, T]` int64."""
+    slices: Mapping[str, Tensor] = field(default_factory=dict)
+    """`[N, T]` bool each: the tokens of those slices that have any here."""
 
     @property
     def fingerprint(self) -> str:
@@ -40,21 +40,36 @@ class Corpus:
         return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    """Tokens of a source in one row, before they are cut."""
+
+    source: str
+    ids: list[int]
+    marks: list[int]
+    """Slices of each token, see `slices.token_marks`; empty where there are none."""
+
+    def part(self, start: int, stop: int) -> "_Text":
+        return _Text(source=self.source, ids=self.ids[start:stop], marks=self.marks[start:stop])
+
+
 def load_corpora(config: JobConfig, tokenizer: Any, max_positions: int) -> tuple[Corpus, list[Corpus]]:
     """The calibration corpus and those to evaluate on, none of whose text is calibrated on unless it is asked for.
 
     Raises:
-        DataError: a source that is missing, unreadable, empty, or shorter than one block.
+        DataError: a source that is missing, unreadable, empty, or shorter than one block; slices that match nothing.
     """
     source = config.data.source
     block_tokens = _block_tokens("data", config.data.block_tokens, max_positions)
     if config.eval.sources:
         calibration, evals = _tokenize(source, tokenizer, "train"), load_evaluation(config, tokenizer, max_positions)
     else:
-        calibration, held_out = _split(source, tokenizer)
+        slices = read_slices(config.eval.slices)
+        calibration, held_out = _split(source, tokenizer, slices)
         window = _block_tokens("eval", config.eval.block_tokens, max_positions)
-        evals = [_corpus(source, held_out, window, config.eval.max_blocks)]
-    return _corpus(source, calibration, block_tokens, config.data.max_blocks), evals
+        evals = [_corpus(held_out, window, config.eval.max_blocks, slices)]
+        _check_slices(config, slices, evals)
+    return _corpus(calibration, block_tokens, config.data.max_blocks), evals
 
 
 def load_evaluation(config: JobConfig, tokenizer: Any, max_positions: int) -> list[Corpus]:
@@ -67,10 +82,13 @@ def load_evaluation(config: JobConfig, tokenizer: Any, max_positions: int) -> li
     names = [corpus_name(source) for source in config.eval.sources]
     if len(set(names)) != len(names):
         raise DataError(f"corpora must differ in name (file stem or last part of the id), got {', '.join(names)}")
-    return [
-        _corpus(source, _tokenize(source, tokenizer, "test"), window, config.eval.max_blocks)
+    slices = read_slices(config.eval.slices)
+    evals = [
+        _corpus(_tokenize(source, tokenizer, "test", slices), window, config.eval.max_blocks, slices)
         for source in config.eval.sources
     ]
+    _check_slices(config, slices, evals)
+    return evals
 
 
 def _block_tokens(section: str, asked: int | None, max_positions: int) -> int:
@@ -87,39 +105,69 @@ def corpus_name(source: str) -> str:
     return path.name.partition(":")[0] if not path.is_dir() else path.resolve().name
 
 
-def _split(source: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _split(source: str, tokenizer: Any, slices: Sequence[Slice]) -> tuple[_Text, _Text]:
     """Hold out 10 %: documents by hash, a single one by position; `stdlib` has sides of its own."""
     if source == "stdlib":
-        return _tokenize(source, tokenizer, "train"), _tokenize(source, tokenizer, "test")
-    documents = list(_documents(source, tokenizer, "train"))
-    if len(documents) == 1:
-        ids = _ids(documents, tokenizer)
-        border = len(ids) - len(ids) // 10
-        return ids[:border], ids[border:]
-    held_out = [hashlib.sha256(text.encode()).digest()[0] % 10 == 0 for text in documents]
+        return _tokenize(source, tokenizer, "train"), _tokenize(source, tokenizer, "test", slices)
+    found = list(documents(source, tokenizer, "train"))
+    if len(found) == 1:
+        text = _text(source, found, tokenizer, slices)
+        border = len(text.ids) - len(text.ids) // 10
+        return text.part(0, border), text.part(border, len(text.ids))
+    held_out = [hashlib.sha256(document.text.encode()).digest()[0] % 10 == 0 for document in found]
     return (
-        _ids((text for text, out in zip(documents, held_out, strict=True) if not out), tokenizer),
-        _ids((text for text, out in zip(documents, held_out, strict=True) if out), tokenizer),
+        _text(source, (document for document, out in zip(found, held_out, strict=True) if not out), tokenizer),
+        _text(source, (document for document, out in zip(found, held_out, strict=True) if out), tokenizer, slices),
     )
 
 
-def _tokenize(source: str, tokenizer: Any, split: str) -> list[int]:
-    return _ids(_documents(source, tokenizer, split), tokenizer)
+def _tokenize(source: str, tokenizer: Any, split: str, slices: Sequence[Slice] = ()) -> _Text:
+    return _text(source, documents(source, tokenizer, split), tokenizer, slices)
 
 
-def _ids(documents: Iterable[str], tokenizer: Any) -> list[int]:
-    return [token for text in documents for token in tokenizer(text, verbose=False)["input_ids"]]
+def _text(source: str, found: Iterable[Document], tokenizer: Any, slices: Sequence[Slice] = ()) -> _Text:
+    by_place = any(one.regex is not None for one in slices)
+    if by_place and not tokenizer.is_fast:
+        raise DataError(
+            f"slices by regex need a tokenizer that knows where its tokens stand (a fast one); "
+            f"{type(tokenizer).__name__} does not: use `file` or `field`"
+        )
+    options = {"return_offsets_mapping": True} if by_place else {}
+    ids: list[int] = []
+    marks: list[int] = []
+    for document in found:
+        encoded = tokenizer(document.text, verbose=False, **options)
+        ids += encoded["input_ids"]
+        if slices:
+            marks += token_marks(slices, document, len(encoded["input_ids"]), encoded.get("offset_mapping"))
+    return _Text(source=source, ids=ids, marks=marks)
 
 
-def _corpus(source: str, ids: list[int], block_tokens: int, max_blocks: int | None) -> Corpus:
-    num_blocks = len(ids) // block_tokens
+def _corpus(text: _Text, block_tokens: int, max_blocks: int | None, slices: Sequence[Slice] = ()) -> Corpus:
+    num_blocks = len(text.ids) // block_tokens
     if num_blocks == 0:
         raise DataError(
-            f"corpus {source} has {len(ids)} tokens, less than one block of {block_tokens}; "
+            f"corpus {text.source} has {len(text.ids)} tokens, less than one block of {block_tokens}; "
             "give more text or a smaller block_tokens"
         )
-    blocks = torch.tensor(ids[: num_blocks * block_tokens]).view(num_blocks, block_tokens)
-    return Corpus(corpus_name(source), source, evenly_spread(blocks, max_blocks))
+
+    def blocks(values: list[int]) -> Tensor:
+        cut = torch.tensor(values[: num_blocks * block_tokens]).view(num_blocks, block_tokens)
+        return evenly_spread(cut, max_blocks)
+
+    masks = {one.name: blocks(text.marks) >> bit & 1 == 1 for bit, one in enumerate(slices)}
+    # The first token of a window is not predicted.
+    present = {name: mask for name, mask in masks.items() if mask[:, 1:].any()}
+    return Corpus(corpus_name(text.source), text.source, blocks(text.ids), present)
+
+
+def _check_slices(config: JobConfig, slices: Sequence[Slice], evals: Sequence[Corpus]) -> None:
+    empty = [one.name for one in slices if not any(one.name in corpus.slices for corpus in evals)]
+    if empty:
+        raise DataError(
+            f"--slices {config.eval.slices}: {', '.join(empty)} match nothing in the windows of "
+            f"{', '.join(corpus.name for corpus in evals)}"
+        )
 
 
 def evenly_spread(blocks_NT: Tensor, max_blocks: int | None) -> Tensor:
@@ -128,87 +176,3 @@ def evenly_spread(blocks_NT: Tensor, max_blocks: int | None) -> Tensor:
     if max_blocks is None or num_blocks <= max_blocks:
         return blocks_NT
     return blocks_NT[torch.arange(max_blocks) * num_blocks // max_blocks].clone()
-
-
-def _documents(source: str, tokenizer: Any, split: str) -> Iterator[str]:
-    path = Path(source)
-    if source == "stdlib":
-        yield from (text for _, text in stdlib_documents("calibration" if split == "train" else "held-out"))
-    elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-        if not files:
-            raise DataError(f"corpus folder {source} has no file of {', '.join(SUFFIXES)}")
-        for file in files:
-            yield from _file_documents(file, tokenizer)
-    elif path.exists() or path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
-        yield from _file_documents(path, tokenizer)
-    else:
-        yield "\n\n".join(_hub_rows(source, split))
-
-
-def _file_documents(path: Path, tokenizer: Any) -> Iterator[str]:
-    readers: dict[str, Callable[[], Iterable[str]]] = {
-        ".txt": lambda: [path.read_text(encoding="utf-8")],
-        ".jsonl": lambda: _jsonl_documents(path, tokenizer),
-        ".parquet": lambda: _parquet_documents(path, tokenizer),
-    }
-    if path.suffix not in readers:
-        raise DataError(f"corpus {path} must be a folder or a file of {', '.join(SUFFIXES)}, got {path.suffix!r}")
-    try:
-        yield from readers[path.suffix]()
-    except OSError as error:
-        raise DataError(f"corpus {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"corpus {path} must be UTF-8: {error}") from None
-
-
-def _jsonl_documents(path: Path, tokenizer: Any) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"corpus {path}, line {number} is no JSON: {error.msg}") from None
-                yield _row_text(row, tokenizer, f"{path}, line {number}")
-
-
-def _parquet_documents(path: Path, tokenizer: Any) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    yield _row_text(row, tokenizer, str(path))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"corpus {path} is no parquet file: {' '.join(str(error).split())}") from None
-
-
-def _row_text(row: Any, tokenizer: Any, place: str) -> str:
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return row["text"]
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        if not tokenizer.chat_template:
-            raise DataError(f"corpus {place} has `messages`, but the tokenizer has no chat template; give `text`")
-        return tokenizer.apply_chat_template(row["messages"], tokenize=False)
-    raise DataError(f"corpus {place} must have a field `text` (a string) or `messages` (a list)")
-
-
-def _hub_rows(source: str, split: str) -> Iterator[str]:
-    import datasets
-
-    name, _, configuration = source.partition(":")
-    try:
-        splits = datasets.get_dataset_split_names(name, configuration or None)
-        wanted = [split, "validation", "train"] if split == "test" else [split]
-        chosen = next((side for side in wanted if side in splits), None)
-        if chosen is None:
-            raise DataError(f"dataset {source} has no split {split}, it has {', '.join(splits)}")
-        rows = datasets.load_dataset(name, configuration or None, split=chosen)
-    except (OSError, ValueError, ConnectionError) as error:
-        raise DataError(
-            f"corpus {source} is no file or folder here, and not to be had from the hub: {' '.join(str(error).split())}"
-        ) from None
-    yield from (row["text"] for row in rows)

@@ -173,10 +173,12 @@ class Engine:
             yield engine
         finally:
             engine.destroy()
-            # deepspeed 0.19 leaves two hooks on the model, which would keep engine and optimizer in memory.
+            # deepspeed 0.19 leaves hooks on the model, which keep engine and optimizer alive, and the model in a list.
             for held, before in zip(_hooks(model), hooks, strict=True):
                 for key in held.keys() - before.keys():
                     del held[key]
+            stack = deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
+            stack[:] = [module for module in stack if module is not model]
             del engine
             gc.collect()
 

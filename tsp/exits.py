@@ -7,8 +7,9 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from types import FrameType
+from typing import TextIO
 
 from tsp.errors import TspError
 
@@ -61,3 +62,12 @@ def _end(message: str, code: int, debug: bool) -> None:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+@contextmanager
+def stdout_kept_clean() -> Iterator[TextIO]:
+    """Libraries that print to stdout print to stderr for the length of a block; yields the real stdout."""
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr):
+        yield stdout
+    stdout.flush()

@@ -20,6 +20,8 @@ from tsp.checkpoint import require_new
 from tsp.config import JobConfig, number_to_drop
 from tsp.data import Corpus, load_corpora
 from tsp.errors import ConfigError
+from tsp.evaluation.generation_speed import check_fits
+from tsp.evaluation.zero_shot import Tasks, open_tasks
 from tsp.machine import weights_dtype
 from tsp.plan import Plan, make_plan
 from tsp.sharding import read_json, resolve
@@ -38,6 +40,7 @@ class Job:
     tuning: Tensor | None
     """Tokens `[N, T]` int64 on which settings are compared."""
     evals: list[Corpus]
+    tasks: Tasks | None
     plan: Plan
     output: Path | None
     command: str
@@ -82,7 +85,7 @@ class Preparation:
         self._root = root
         self._world_size = world_size
         self._sources: dict[str, Source] = {}
-        self._corpora: dict[str, tuple[Corpus, list[Corpus]]] = {}
+        self._texts: dict[str, tuple[Corpus, list[Corpus], Tasks | None]] = {}
         self._droppable: set[tuple[str, tuple[int, ...]]] = set()
 
     def job(self, config: JobConfig, output: Path | None, varied: dict[str, Any] | None = None) -> Job:
@@ -101,7 +104,8 @@ class Preparation:
         dtype = weights_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         hidden_size = source.config.get_text_config(decoder=True).hidden_size
         sharding = resolve(self._content, config, world_size=self._world_size, hidden_size=hidden_size, dtype=dtype)
-        corpus, evals = self._texts(config, source)
+        check_fits(config.eval, source.max_positions)
+        corpus, evals, tasks = self._open_texts(config, source)
         calibration, tuning = _set_aside(corpus, config.data.tuning_blocks)
         plan = make_plan(
             config,
@@ -119,6 +123,7 @@ class Preparation:
             calibration=calibration,
             tuning=tuning,
             evals=evals,
+            tasks=tasks,
             plan=plan,
             output=output,
             command=" ".join(sys.argv),
@@ -132,15 +137,16 @@ class Preparation:
             self._sources[key] = open_source(located(config.model, self._root))
         return self._sources[key]
 
-    def _texts(self, config: JobConfig, source: Source) -> tuple[Corpus, list[Corpus]]:
-        key = json.dumps([config.model_dump(mode="json", include={"model", "data", "eval"})])
-        if key not in self._corpora:
-            data = config.data
+    def _open_texts(self, config: JobConfig, source: Source) -> tuple[Corpus, list[Corpus], Tasks | None]:
+        key = json.dumps(config.model_dump(mode="json", include={"model", "data", "eval"}))
+        if key not in self._texts:
+            data, tokenizer = config.data, load_tokenizer(source)
             if data.max_blocks is not None:
                 data = data.model_copy(update={"max_blocks": data.max_blocks + data.tuning_blocks})
             wanted = config.model_copy(update={"data": data})
-            self._corpora[key] = load_corpora(wanted, load_tokenizer(source), source.max_positions)
-        return self._corpora[key]
+            corpora = load_corpora(wanted, tokenizer, source.max_positions)
+            self._texts[key] = (*corpora, open_tasks(config.eval, tokenizer, source.max_positions))
+        return self._texts[key]
 
     def _check_layers(self, config: JobConfig, source: Source) -> None:
         num_drop = number_to_drop(config.prune, source.num_layers)

@@ -20,6 +20,8 @@ _FIELDS = {
     "trust_remote_code": "model.trust_remote_code",
     "data": "data.source",
     "eval_data": "eval.sources",
+    "slices": "eval.slices",
+    "tasks": "eval.tasks",
     "method": "prune.method",
     "ratio": "prune.ratio",
     "num_drop": "prune.num_drop",
@@ -44,11 +46,28 @@ class OneOrMore(click.ParamType):
         return values if len(values) > 1 else values[0]
 
 
+def _between_commas(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
+    """`a,b` given once is `a` and `b` given one by one."""
+    return tuple(name for word in words for name in word.split(",") if name)
+
+
+# Also those of `tsp evaluate`.
+slices_option = click.option("--slices", metavar="FILE", help="YAML that names parts of the text to measure alone.")
+tasks_option = click.option(
+    "--tasks",
+    multiple=True,
+    callback=_between_commas,
+    metavar="a,b",
+    help="Tasks of lm-evaluation-harness (pip install 'tsp[eval]').",
+)
+
 _OPTIONS = [
     click.option("--ds", type=click.Path(path_type=Path), help="DeepSpeed JSON that says how to shard [zero3]."),
     click.option("--model", help="Hub id, folder or models:/name@alias [embedded demo model]."),
     click.option("--data", help="Calibration text: hub id, .txt/.jsonl/.parquet file, folder, or stdlib [stdlib]."),
     click.option("--eval-data", multiple=True, help="Corpus to measure on; repeatable [10 % held out of --data]."),
+    slices_option,
+    tasks_option,
     click.option(
         "--method", type=OneOrMore(str), help="tsp (default), trsp (the paper's settings) or a baseline; a,b: a sweep."
     ),
@@ -135,7 +154,7 @@ def _given(options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     from tsp.config import nest, parse_override
 
     given: list[Mapping[str, Any]] = [
-        nest(field, list(options[option]) if option == "eval_data" else options[option])
+        nest(field, list(options[option]) if isinstance(options[option], tuple) else options[option])
         for option, field in _FIELDS.items()
         if is_given(options[option]) and option != "drop"
     ]

@@ -3,19 +3,25 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
 from tsp import __version__
 from tsp.config import flatten
 from tsp.data import Corpus
 from tsp.engine import Engine
-from tsp.evaluation.confidence import ratio_interval
+from tsp.errors import ModelError
+from tsp.evaluation.generation_speed import measure_folder
+from tsp.evaluation.summary import metrics, summarise
+from tsp.machine import weights_dtype
 from tsp.records import DropReport, Evaluation, Scores, Selection, write_json
+from tsp.sizes import cache_bytes_per_token, size_gib
 from tsp.tracking.registry import register_checkpoint
 from tsp.tracking.results import KIND_TAG
 from tsp.tracking.run import Tracker, start_run
@@ -23,6 +29,8 @@ from tsp.tracking.run import Tracker, start_run
 if TYPE_CHECKING:
     from tsp.job import Job
     from tsp.shared import Stopwatch
+
+log = logging.getLogger("tsp")
 
 RESULT_SCHEMA = 1
 JOB_HASH = "job_hash"
@@ -43,6 +51,8 @@ class Outcome:
     """`dense`, `bare_drop`, `pruned`."""
     drop: DropReport | None
     """None: no checkpoint was written."""
+    dtype: str
+    """Of the weights in memory."""
     peak_memory_gib: list[float]
     weights_gib: list[float]
     trained_tokens: int
@@ -123,8 +133,9 @@ def publish(job: "Job", outcome: Outcome, tracker: Tracker, output: Path, starte
 def _result(job: "Job", outcome: Outcome, tracker: Tracker) -> dict[str, Any]:
     dropped = outcome.selection.doomed
     parameters = job.source.num_parameters
-    corpora = [corpus.name for corpus in job.evals]
-    speed = {state: evaluation.prompt_tokens_per_s for state, evaluation in outcome.states.items()}
+    measured = summarise(outcome.states)
+    measured["speed"]["generation_tokens_per_s"] = _generation_speed(job, outcome)
+    cuts = {"dense": (), "pruned": dropped}
     return {
         "schema": RESULT_SCHEMA,
         "run_id": tracker.run_id,
@@ -135,22 +146,20 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker) -> dict[str, Any]:
         "model": job.source.name,
         "num_layers": job.source.num_layers,
         "num_drop": job.num_drop,
+        "dtype": outcome.dtype,
         "seed": job.config.seed,
         "settings": flatten(job.config.model_dump(mode="json")),
         "calibration": _about(job.calibration, "num_blocks"),
         "corpora": {corpus.name: _about(corpus, "num_windows") for corpus in job.evals},
         "dropped": list(dropped),
         "scores": list(outcome.scores.values),
-        "perplexity": {
-            corpus: {state: evaluation.perplexity[corpus].ppl for state, evaluation in outcome.states.items()}
-            for corpus in corpora
-        },
-        "ppl_ratio_interval": {corpus: _ratio_intervals(outcome, corpus) for corpus in corpora},
+        **measured,
         "parameters": {
             "dense": parameters,
             "pruned": parameters - sum(job.source.layer_parameters[index] for index in dropped),
         },
-        "speed": {"prompt_tokens_per_s": speed},
+        "size_gib": {state: size_gib(job.source, cut) for state, cut in cuts.items()},
+        "kv_cache_bytes_per_token": {state: cache_bytes_per_token(job.source, cut) for state, cut in cuts.items()},
         "seconds": {phase: round(outcome.watch.seconds.get(phase, 0.0), 2) for phase in PHASES},
         "shared": sorted(outcome.watch.shared),
         "peak_memory_gib": outcome.peak_memory_gib,
@@ -169,14 +178,26 @@ def _about(corpus: Corpus, count: str) -> dict[str, Any]:
     return about | {count: num_blocks, "block_tokens": block_tokens}
 
 
-def _ratio_intervals(outcome: Outcome, corpus: str) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the ratios to the dense model's perplexity."""
-    losses = {state: evaluation.perplexity[corpus].window_losses for state, evaluation in outcome.states.items()}
-    return {state: ratio_interval(losses[state], losses["dense"]) for state in losses if state != "dense"}
+def _generation_speed(job: "Job", outcome: Outcome) -> dict[str, float]:
+    """Tokens per second of the dense and of the pruned folder; empty: not asked for, or there is no room for them."""
+    if not job.config.eval.generation_runs or outcome.drop is None:
+        return {}
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = weights_dtype(job.config, device)
+    folders = {"dense": str(job.source.folder), "pruned": outcome.drop.checkpoint}
+    try:
+        return {
+            state: measure_folder(folder, job.config.eval, device, dtype, trust=job.source.trust_remote_code)
+            for state, folder in folders.items()
+        }
+    except ModelError as error:
+        # The job has done its work; it is not to fail for a figure.
+        log.warning("generation is not measured: %s", error)
+        return {}
 
 
 def _metrics(result: dict[str, Any], outcome: Outcome) -> dict[str, float]:
-    metrics = {
+    values = {
         "prune/num_dropped": len(result["dropped"]),
         "prune/parameters_ratio": result["parameters"]["pruned"] / result["parameters"]["dense"],
         "prune/loss_dense": outcome.selection.loss_dense,
@@ -184,24 +205,13 @@ def _metrics(result: dict[str, Any], outcome: Outcome) -> dict[str, float]:
         "perf/peak_memory_gib": max(result["peak_memory_gib"]),
     }
     if outcome.drop:
-        metrics["prune/max_logit_difference"] = outcome.drop.max_logit_difference
+        values["prune/max_logit_difference"] = outcome.drop.max_logit_difference
     if outcome.tuning_loss is not None:
-        metrics["tune/loss"] = outcome.tuning_loss
-    metrics |= {f"perf/{phase}_s": seconds for phase, seconds in result["seconds"].items()}
-    metrics["prune/trained_tokens"] = outcome.trained_tokens
-    ratios = {}
-    for corpus, ppl in result["perplexity"].items():
-        metrics |= {f"eval/{corpus}/ppl_{state}": value for state, value in ppl.items()}
-        ratios[corpus] = ppl["pruned"] / ppl["dense"]
-    metrics |= {f"ppl_ratio/{corpus}": ratio for corpus, ratio in ratios.items()}
-    for corpus, intervals in result["ppl_ratio_interval"].items():
-        low, high = intervals["pruned"]
-        metrics |= {f"eval/{corpus}/ppl_ratio_low": low, f"eval/{corpus}/ppl_ratio_high": high}
-    metrics["ppl_ratio"] = max(ratios.values())
-    speed = result["speed"]["prompt_tokens_per_s"]
-    metrics |= {f"eval/prompt_tokens_per_s_{state}": value for state, value in speed.items() if value is not None}
-    metrics |= {f"perf/weights_gib_rank_{rank:03d}": gib for rank, gib in enumerate(result["weights_gib"])}
-    return metrics
+        values["tune/loss"] = outcome.tuning_loss
+    values |= {f"perf/{phase}_s": seconds for phase, seconds in result["seconds"].items()}
+    values["prune/trained_tokens"] = outcome.trained_tokens
+    values |= {f"perf/weights_gib_rank_{rank:03d}": gib for rank, gib in enumerate(result["weights_gib"])}
+    return values | metrics(result)
 
 
 def _last_step(outcome: Outcome) -> int:

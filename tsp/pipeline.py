@@ -21,12 +21,10 @@ from tsp.config import ModelConfig
 from tsp.decoder import Decoder
 from tsp.engine import Engine
 from tsp.errors import ModelError
-from tsp.evaluation.perplexity import perplexity, window_losses
-from tsp.evaluation.speed import prompt_tokens_per_s
+from tsp.evaluation.state import Exam, evaluate_state
 from tsp.job import Job
 from tsp.methods import transfer_verb
 from tsp.methods.base import Bench
-from tsp.mounted import Mounted
 from tsp.outcome import Outcome, open_run, publish
 from tsp.progress import logging_to
 from tsp.records import DropReport, Evaluation
@@ -106,17 +104,21 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
         protected=job.protected,
         read_by_others=job.source.read_by_others,
     )
-    measured = ("evaluation", job.config.eval.model_dump_json(), tuple(corpus.fingerprint for corpus in job.evals))
+    exam_key = ("exam", job.config.eval.model_dump_json(), tuple(corpus.fingerprint for corpus in job.evals))
+    exam = shared.once(exam_key, watch, "evaluate", lambda: _exam(job, engine))
+
+    def evaluated(state: str, dropped: tuple[int, ...] = ()) -> Evaluation:
+        key = (*exam_key, state, dropped)
+        return shared.once(key, watch, "evaluate", lambda: evaluate_state(exam, model, state))
+
     with engine.mounted(decoder.model) as model:
         bench.model = model
-        dense = shared.once(measured, watch, "evaluate", lambda: _evaluate(job, engine, model, "dense"))
+        dense = evaluated("dense")
         scores, chosen = choose(bench, job, shared, watch)
         doomed = chosen.doomed
         check_drop(job.source, doomed)
         with decoder.bypassing(doomed):
-            bare_drop = shared.once(
-                (*measured, *doomed), watch, "evaluate", lambda: _evaluate(job, engine, model, "bare drop")
-            )
+            bare_drop = evaluated("bare_drop", doomed)
         bench.model = None
     transfer = transfer_verb(job.config.transfer)
     with engine.restored(decoder.model) if shared.more_to_come and transfer else nullcontext():
@@ -128,7 +130,7 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
         tuning_loss = None
         with engine.mounted(decoder.model) as bench.model, decoder.bypassing(doomed):
             with watch("evaluate"):
-                pruned = _evaluate(job, engine, bench.model, "pruned") if transfer else bare_drop
+                pruned = evaluate_state(exam, bench.model, "pruned") if transfer else bare_drop
                 if job.tuning is not None:
                     tuning_loss = bench.loss_without(doomed, job.tuning, "tuning text")
             with torch.no_grad():
@@ -142,6 +144,7 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
         selection=chosen,
         states={"dense": dense, "bare_drop": bare_drop, "pruned": pruned},
         drop=report,
+        dtype=str(engine.dtype).removeprefix("torch."),
         peak_memory_gib=engine.peak_memory_gib(),
         weights_gib=weights_gib,
         trained_tokens=bench.trained_tokens,
@@ -168,16 +171,14 @@ def _load(job: Job, engine: Engine) -> Decoder:
     return decoder
 
 
-def _evaluate(job: Job, engine: Engine, model: Mounted, state: str) -> Evaluation:
-    perplexities = {}
-    for corpus in job.evals:
-        sharing = engine.sharing(job.config.eval.batch_size)
-        losses = window_losses(model, corpus.blocks, **sharing, name=f"evaluate {state} on {corpus.name}")
-        perplexities[corpus.name] = perplexity(losses, corpus.blocks.shape[1])
-    speed = None
-    if job.config.eval.speed_runs:
-        speed = prompt_tokens_per_s(model, job.evals[0].blocks[0].to(engine.device), job.config.eval.speed_runs)
-    return Evaluation(perplexity=perplexities, prompt_tokens_per_s=speed)
+def _exam(job: Job, engine: Engine) -> Exam:
+    return Exam(
+        config=job.config.eval,
+        corpora=job.evals,
+        max_positions=job.source.max_positions,
+        sharing=engine.sharing(job.config.eval.batch_size),
+        tasks=job.tasks,
+    )
 
 
 def _save(

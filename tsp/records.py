@@ -57,6 +57,31 @@ class Perplexity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """How near a state's predictions are to the dense model's, over the positions that are compared."""
+
+    kl: float
+    """Mean KL(dense || state), nats per token."""
+    top1: float
+    """Share of the positions at which both hold the same token for the likeliest."""
+    num_positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlicePerplexity:
+    """Perplexity over the tokens of one slice, predicted inside the corpus's windows."""
+
+    ppl: float
+    num_tokens: int
+    fidelity: Fidelity | None
+    """None: not compared, or at no position of the slice."""
+    window_losses: tuple[float, ...] = field(repr=False)
+    """Mean cross-entropy of the slice's tokens in each window that has any, nats per token."""
+    window_tokens: tuple[int, ...] = field(repr=False)
+    """How many that are."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One state of the model: dense, bare drop or pruned."""
 
@@ -64,6 +89,14 @@ class Evaluation:
     """By corpus, in the order of the command line."""
     prompt_tokens_per_s: float | None
     """Throughput of one sequence without cache; None: not measured."""
+    fidelity: dict[str, Fidelity] = field(default_factory=dict)
+    """By corpus; empty for the dense model, and where nothing was compared."""
+    slices: dict[str, dict[str, SlicePerplexity]] = field(default_factory=dict)
+    """By corpus and slice."""
+    continuations: tuple[tuple[int, ...], ...] = ()
+    """The tokens with which each prompt went on; empty: not measured."""
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Metrics by task, as lm-evaluation-harness names them: `acc`, `acc_stderr`, `acc_norm`, ..."""
 
 
 def write_json(record: Any, path: Path) -> None:

@@ -1,7 +1,9 @@
 """What a person sees: tables on stdout, and the commands to look further."""
 
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
@@ -31,9 +33,9 @@ def _plan(job: "Job") -> dict[str, Any]:
     }
 
 
-def print_sweep(children: "list[Child]", run_link: str, stdout: TextIO | None = None) -> None:
+def print_sweep(children: "list[Child]", experiment: str, run_link: str, stdout: TextIO | None = None) -> None:
     """How each job of a sweep ended."""
-    console = Console(file=stdout or sys.stdout, highlight=False)
+    console = _console(stdout or sys.stdout)
     table = Table(title=f"{len(children)} jobs")
     keys = list(dict.fromkeys(key for child in children for key in child.varied))
     for key in keys:
@@ -44,12 +46,13 @@ def print_sweep(children: "list[Child]", run_link: str, stdout: TextIO | None = 
         values = (str(child.varied.get(key, "")) for key in keys)
         table.add_row(*values, child.status.lower(), child.run_id or "-", child.reason or "")
     console.print(table)
+    console.print(f"compare     tsp compare {shlex.quote(experiment)} --report comparison.html", soft_wrap=True)
     console.print(f"look        tsp ui   # then {run_link}", soft_wrap=True)
 
 
 def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: TextIO | None = None) -> None:
     """Dense, bare drop and pruned side by side, and what to do next."""
-    console = Console(file=stdout or sys.stdout, highlight=False)
+    console = _console(stdout or sys.stdout)
     dropped = result["dropped"]
     kept = result["num_layers"] - len(dropped)
     table = Table(title=f"{result['model']} without layers {', '.join(map(str, dropped)) or 'none'}")
@@ -68,6 +71,7 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
         table.add_row(state, str(layers), f"{parameters:,}", *ppls, f"{speed:,.0f}" if speed else "-")
     console.print(table)
     console.print("in brackets: times the dense model's perplexity, 95 % bootstrap interval over the windows")
+    _print_details(console, result)
     steps = {"checkpoint": result["checkpoint"]} if result["checkpoint"] else {}
     steps |= {"look": f"tsp ui   # then {run_link}"}
     if result["registered"]:
@@ -85,18 +89,138 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
 def _times_dense(result: dict[str, Any], corpus: str, state: str) -> str:
     if state == "dense":
         return ""
-    low, high = result["ppl_ratio_interval"][corpus][state]
-    return f" ({low:.2f} to {high:.2f})"
+    return f" ({_between(result['ppl_ratio_interval'][corpus][state], '.2f')})"
 
 
 def print_evaluation(result: dict[str, Any], stdout: TextIO) -> None:
-    """One line per corpus."""
-    table = Table(title=result["model"])
-    for heading in ("corpus", "perplexity", "windows", "tokens each"):
+    """What `tsp evaluate` found: a line per corpus, then what else was measured."""
+    console = _console(stdout)
+    compared = result["against"] is not None
+    title = f"{result['model']} against {result['against']}" if compared else result["model"]
+    table = Table(title=title)
+    headings = ("corpus", "perplexity", *(("times dense", "KL", "same top 1") if compared else ()), "windows")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "corpus" else "right")
     for corpus, row in result["perplexity"].items():
-        table.add_row(corpus, f"{row['ppl']:.4f}", str(row["num_windows"]), str(row["block_tokens"]))
-    Console(file=stdout).print(table)
+        cells = [f"{row['ppl']:.4f} ({_between(result['ppl_interval'][corpus]['model'], '.2f')})"]
+        if compared:
+            ratio = row["ppl"] / result["ppl"][corpus]["dense"]
+            cells.append(f"{ratio:.3f} ({_between(result['ppl_ratio_interval'][corpus]['model'], '.3f')})")
+            cells += _fidelity_cells(result["fidelity"][corpus].get("model"))
+        table.add_row(corpus, *cells, f"{row['num_windows']} x {row['block_tokens']}")
+    console.print(table)
+    console.print("in brackets: 95 % bootstrap interval over the windows")
+    states = [state for state in ("dense", "model") if state in result["parameters"]]
+    _print_slices(console, result, states)
+    _print_tasks(console, result, states)
+    table = Table(title="cost and generation")
+    for heading in ("", *states):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, by_state, form in _costs(result):
+        if any(by_state.get(state) is not None for state in states):
+            table.add_row(name, *(_cell(by_state.get(state), form) for state in states))
+    console.print(table)
+    console.print(f"peak memory by rank: {', '.join(f'{gib:.2f} GiB' for gib in result['peak_memory_gib'])}")
+
+
+def _print_details(console: Console, result: dict[str, Any]) -> None:
+    """Beside the main table of a job: nearness to the dense model, slices, tasks."""
+    states = ["dense", "bare_drop", "pruned"]
+    table = Table(title="nearness to the dense model")
+    corpora = [corpus for corpus, row in result["fidelity"].items() if row]
+    for heading in ("", *(f"{name} {corpus}" for corpus in corpora for name in ("KL", "same top 1"))):
+        table.add_column(heading, justify="right" if heading else "left")
+    generation = result["generation"]
+    for heading in ("repeats itself", "writes the same") if generation else ():
+        table.add_column(heading, justify="right")
+    for state in states:
+        cells = [cell for corpus in corpora for cell in _fidelity_cells(result["fidelity"][corpus].get(state))]
+        if generation:
+            cells += [_cell(generation[state][name], ".1%") for name in ("repetition", "agreement")]
+        table.add_row(_spoken(state), *cells)
+    if len(table.columns) > 1:
+        console.print(table)
+    _print_slices(console, result, states)
+    _print_tasks(console, result, states)
+
+
+def _print_slices(console: Console, result: dict[str, Any], states: list[str]) -> None:
+    """The worst on top, where there is something to compare with."""
+    rows = [(corpus, name, row) for corpus, found in result["slices"].items() for name, row in found.items()]
+    if not rows:
+        return
+    judged = states[-1]
+    compared = "dense" in states and judged != "dense"
+    if compared:
+        rows.sort(key=lambda row: -row[2]["ppl"][judged] / row[2]["ppl"]["dense"])
+    table = Table(title="slices, the worst first" if compared else "slices")
+    headings = ["corpus", "slice", "tokens", *(f"ppl {_spoken(state)}" for state in states)]
+    for heading in (*headings, *(("times dense", "KL", "same top 1") if compared else ())):
+        table.add_column(heading, justify="left" if heading in ("corpus", "slice") else "right")
+    for corpus, name, row in rows:
+        cells = [f"{row['num_tokens']:,}", *(f"{row['ppl'][state]:.2f}" for state in states)]
+        if compared:
+            ratio, interval = row["ppl"][judged] / row["ppl"]["dense"], row["ratio_interval"][judged]
+            cells.append(f"{ratio:.2f} ({_between(interval, '.2f')})")
+            found = {"kl": row["kl"][judged], "top1": row["top1"][judged]} if judged in row["kl"] else None
+            cells += _fidelity_cells(found)
+        table.add_row(corpus, name, *cells)
+    console.print(table)
+
+
+def _print_tasks(console: Console, result: dict[str, Any], states: list[str]) -> None:
+    if not result["tasks"]:
+        return
+    table = Table(title="tasks")
+    for heading in ("task", "metric", *map(_spoken, states)):
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    for task, by_state in result["tasks"].items():
+        for metric in by_state[states[-1]]:
+            if "_stderr" not in metric:
+                table.add_row(task, metric, *(_with_error(by_state[state], metric) for state in states))
+    console.print(table)
+
+
+def _with_error(row: dict[str, float], metric: str) -> str:
+    name, dot, kind = metric.partition(".")
+    error = row.get(f"{name}_stderr{dot}{kind}")
+    return f"{row[metric]:.4f}" + (f" +- {error:.4f}" if error is not None else "")
+
+
+def _costs(result: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
+    """Name, value by state, and how it is written."""
+    generation = result["generation"]
+    return [
+        ("parameters", result["parameters"], ","),
+        ("weights on disk, GiB", result["size_gib"], ".4f"),
+        ("cache, bytes per token", result["kv_cache_bytes_per_token"], ",.0f"),
+        ("prompt, tokens/s", result["speed"]["prompt_tokens_per_s"], ",.0f"),
+        ("generation, tokens/s", result["speed"]["generation_tokens_per_s"], ",.0f"),
+        ("repeats itself", {state: row["repetition"] for state, row in generation.items()}, ".1%"),
+        ("writes the same as dense", {state: row["agreement"] for state, row in generation.items()}, ".1%"),
+    ]
+
+
+def _fidelity_cells(found: dict[str, float] | None) -> list[str]:
+    return ["-", "-"] if found is None else [f"{found['kl']:.4f}", f"{found['top1']:.1%}"]
+
+
+def _console(stdout: TextIO) -> Console:
+    # In a file or a pipe rich would break the lines at 80 characters.
+    return Console(file=stdout, highlight=False, width=None if stdout.isatty() else 120)
+
+
+def _spoken(state: str) -> str:
+    return state.replace("_", " ")
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _between(interval: Sequence[float], form: str) -> str:
+    low, high = interval
+    return f"{low:{form}} to {high:{form}}"
 
 
 def print_verification(rows: list[dict[str, Any]], stdout: TextIO) -> None:

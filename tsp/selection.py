@@ -38,6 +38,17 @@ def ascending(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda index: (scores[index], -index))
 
 
+def runs(indices: Collection[int]) -> list[range]:
+    """Consecutive indices together: {3, 4, 7} -> [range(3, 5), range(7, 8)]."""
+    found: list[range] = []
+    for index in sorted(indices):
+        if found and found[-1].stop == index:
+            found[-1] = range(found[-1].start, index + 1)
+        else:
+            found.append(range(index, index + 1))
+    return found
+
+
 def swap_search(
     doomed: Collection[int],
     num_layers: int,

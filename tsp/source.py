@@ -93,7 +93,7 @@ def open_source(config: ModelConfig) -> Source:
         model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         _check_causal(model_config)
         with FakeTensorMode():
-            skeleton = _skeleton(model_config, trust=config.trust_remote_code)
+            skeleton = build_skeleton(model_config, trust=config.trust_remote_code)
             _check_one_way(skeleton)
             decoder = find_decoder(skeleton)
             needed = read_by_others(decoder)
@@ -134,7 +134,7 @@ def check_drop(source: Source, dropped: Sequence[int]) -> None:
         )
     try:
         with FakeTensorMode():
-            smaller = _skeleton(mended_config(source.config, kept), trust=source.trust_remote_code)
+            smaller = build_skeleton(mended_config(source.config, kept), trust=source.trust_remote_code)
             fault = _cache_fault(smaller) if source.runs_cached else None
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"model {source.name} cannot lose layers {_listed(dropped)}: {one_line(error)}") from None
@@ -249,7 +249,7 @@ def _check_one_way(skeleton: nn.Module) -> None:
         raise ValueError(f"its config says is_decoder: false, so each token of {config.model_type} sees the later ones")
 
 
-def _skeleton(config: Any, *, trust: bool) -> Any:
+def build_skeleton(config: Any, *, trust: bool) -> Any:
     """The model of a config; under `FakeTensorMode` it has shapes and no data, whatever its size.
 
     Unlike on the meta device, transformers' masks work on fake tensors. In bf16, as torch 2.13 knows the shapes of a

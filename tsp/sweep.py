@@ -14,6 +14,8 @@ from typing import Any
 
 from tsp.checkpoint import require_new
 from tsp.choose import order_key
+from tsp.compare.groups import compare
+from tsp.compare.outputs import log_comparison
 from tsp.config import JobConfig
 from tsp.engine import Engine
 from tsp.errors import ConfigError, TspError
@@ -22,7 +24,7 @@ from tsp.outcome import JOB_HASH
 from tsp.pipeline import run_job
 from tsp.shared import Shared
 from tsp.tracking.null import NullTracker
-from tsp.tracking.results import KIND_TAG, runs_by_tag
+from tsp.tracking.results import KIND_TAG, finished_jobs, runs_by_tag
 from tsp.tracking.run import Tracker, start_run
 
 log = logging.getLogger("tsp")
@@ -107,11 +109,22 @@ def run_sweep(jobs: Sequence[Job], root: Path) -> tuple[list[Child], dict[str, s
         killed = isinstance(error, KeyboardInterrupt)
         tracker.finish("KILLED" if killed else "FAILED", reason=f"{type(error).__name__}: {error}"[:500])
         raise
+    if engine.is_first and isinstance(tracker, Tracker):
+        _compare(tracker, root)
     ended = [children[job.hash] for job in jobs]
     num_failed = sum(child.status == "FAILED" for child in ended)
     tracker.finish(*(("FAILED", f"{num_failed} of {len(jobs)} jobs failed") if num_failed else ("FINISHED",)))
     engine.stop()
     return ended, tracker.links()
+
+
+def _compare(tracker: Tracker, root: Path) -> None:
+    """Log tables, figures and page of all that is finished in the experiment; a fault in them costs no job."""
+    try:
+        comparison = compare(finished_jobs(root, tracker.experiment))
+        log_comparison(comparison, tracker, root / "mlruns" / "output" / tracker.run_id / "comparison")
+    except TspError as error:
+        log.warning("nothing to compare: %s", error)
 
 
 def _attempt(job: Job, root: Path, shared: Shared, parent: str) -> tuple[Child, Shared]:

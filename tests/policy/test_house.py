@@ -46,7 +46,10 @@ NEVER_IMPORTED = {
 }
 
 
-OPTIONAL = {"gguf": "extra of its own, asked for where it is missing"}
+OPTIONAL = {
+    "gguf": "extra of its own, asked for where it is missing",
+    "lm_eval": "extra `eval`, asked for where it is missing",
+}
 
 
 def imported_libraries() -> set[str]:

@@ -7,9 +7,9 @@ import torch
 
 from tests.models import logits, tiny_model, tokens
 from tsp.adapters import _adapted, adapters_off, add_adapters, merge_adapters
-from tsp.config import LoraConfig
 from tsp.decoder import find_decoder
 from tsp.errors import ModelError
+from tsp.settings import LoraConfig
 
 FAMILIES = ["llama", "opt", "gpt2", "bloom"]
 

@@ -1,5 +1,8 @@
 """What a sweep asks of the engine: weights as they were, and errors of rank 0 that every rank hears of."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -43,6 +46,21 @@ def test_no_seconds_left_trains_nothing():
     dense = made.load_again().model.state_dict()
     assert all(torch.equal(tensor, dense[name]) for name, tensor in whole(made).items())
     assert made.transfer_steps == 0
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_second_model_is_gone_when_it_is_not_needed_any_more(stage):
+    made = bench(tiny_model(num_layers=LAYERS), tokens(8, 16), job(), stage)
+    with made.engine.mounted(made.decoder.model) as student:
+        teacher = made.load_again().model
+        gone = weakref.ref(teacher)
+        with made.engine.mounted(teacher) as second:
+            second(made.blocks_NT)
+        student(made.blocks_NT)
+        del teacher, second
+        gc.collect()
+        assert gone() is None
+        student(made.blocks_NT)
 
 
 def test_an_error_of_the_first_rank_is_raised():

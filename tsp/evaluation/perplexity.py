@@ -34,11 +34,14 @@ def mean_losses(logits_bTV: Tensor, tokens_bT: Tensor) -> Tensor:
 def perplexity(losses_N: Tensor, block_tokens: int) -> Perplexity:
     """The record of one corpus from its windows' losses `[N]`."""
     losses = losses_N.tolist()
-    mean = sum(losses) / len(losses)
     return Perplexity(
-        # Beyond e^700 a double is at its end; such a model is broken all the same.
-        ppl=math.exp(min(mean, 700.0)),
+        ppl=exp_loss(sum(losses) / len(losses)),
         num_windows=len(losses),
         block_tokens=block_tokens,
         window_losses=tuple(losses),
     )
+
+
+def exp_loss(loss: float) -> float:
+    """A perplexity from a mean cross-entropy; beyond e^700 a double is at its end, and so is such a model."""
+    return math.exp(min(loss, 700.0))

@@ -17,14 +17,15 @@ def prompt_tokens_per_s(forward: Callable[[Tensor], Tensor], tokens_T: Tensor, n
     """
     with torch.no_grad():
         forward(tokens_T[None])
-        _wait(tokens_T.device)
+        wait(tokens_T.device)
         started = time.perf_counter()
         for _ in range(num_runs):
             forward(tokens_T[None])
-        _wait(tokens_T.device)
+        wait(tokens_T.device)
     return num_runs * len(tokens_T) / (time.perf_counter() - started)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until what was started on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

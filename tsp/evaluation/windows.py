@@ -22,8 +22,8 @@ def per_window(
     """K numbers of each window, without gradient.
 
     Args:
-        measure: tokens `[b, T]` -> `[b, K]`.
-        blocks_NT: windows `[N, T]` int64.
+        measure: `[b, ...]` of `blocks` -> `[b, K]`.
+        blocks_NT: windows `[N, T]` int64; or whatever stands for them, their numbers `[N]`, say.
         batch_size: windows per call and rank.
         rank: of this process.
         world_size: ranks. Every rank makes the same number of calls, as sharded weights demand.

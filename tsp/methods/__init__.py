@@ -58,6 +58,7 @@ TRANSFERS: Mapping[str, str | None] = {
     "stage2": "tsp.methods.trsp.stage2:transfer",
     "finetune": "tsp.methods.controls:finetune",
     "distill": "tsp.methods.controls:distill",
+    "replaceme": "tsp.methods.replaceme:replaceme",
     "none": None,
 }
 

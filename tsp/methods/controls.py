@@ -8,9 +8,9 @@ from collections.abc import Collection
 
 import torch
 
-from tsp.config import LossWeights
 from tsp.methods.base import Bench
 from tsp.methods.trsp import stage2
+from tsp.settings import LossWeights
 
 
 def finetune(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) -> None:

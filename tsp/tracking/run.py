@@ -163,18 +163,23 @@ class Tracker:
         Returns:
             `run`, `metrics`, `artifacts`, `experiment`: addresses that open the model-training view, not the GenAI one.
         """
-        base = (base_url or (self.uri if self.uri.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
-        experiment = f"{base}/#/experiments/{self.experiment_id}/runs"
-        view = "?workflowType=machine_learning"
-        return {
-            "run": f"{experiment}/{self.run_id}{view}",
-            "metrics": f"{experiment}/{self.run_id}/model-metrics{view}",
-            "artifacts": f"{experiment}/{self.run_id}/artifacts{view}",
-            "experiment": f"{experiment}{view}",
-        }
+        return links_of(self.uri, self.experiment_id, self.run_id, base_url)
 
     def _append_file(self, kind: str, copy: Path, **fields: Any) -> None:
         self._spool.append({"kind": kind, "file": str(copy.relative_to(self._spool.files)), **fields})
+
+
+def links_of(uri: str, experiment_id: str, run_id: str, base_url: str | None = None) -> dict[str, str]:
+    """The addresses that `Tracker.links` gives, of any run of a store."""
+    base = (base_url or (uri if uri.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
+    experiment = f"{base}/#/experiments/{experiment_id}/runs"
+    view = "?workflowType=machine_learning"
+    return {
+        "run": f"{experiment}/{run_id}{view}",
+        "metrics": f"{experiment}/{run_id}/model-metrics{view}",
+        "artifacts": f"{experiment}/{run_id}/artifacts{view}",
+        "experiment": f"{experiment}{view}",
+    }
 
 
 def start_run(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from tsp.errors import TrackingError
+from tsp.tracking.note import NOTE_TAG, note_for
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -112,7 +113,7 @@ def ensure_experiment(client: "MlflowClient", name: str) -> str:
     """Id of the experiment `name`, which is created if it is missing. Safe in any number of processes at once.
 
     With an embedded store the experiment gets an explicit, absolute artifact folder beside the database; a server
-    decides itself.
+    decides itself. A new experiment gets a note that says how to read its runs.
 
     Raises:
         TrackingError: the experiment was deleted, or the store refuses the name.
@@ -128,7 +129,8 @@ def ensure_experiment(client: "MlflowClient", name: str) -> str:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                return client.create_experiment(name, artifact_location=location)
+                # Only here, never later: from now on the note is the user's to change.
+                return client.create_experiment(name, artifact_location=location, tags={NOTE_TAG: note_for(name)})
             except MlflowException:
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:

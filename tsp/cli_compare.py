@@ -1,0 +1,43 @@
+"""`tsp compare`: the finished jobs of an experiment side by side."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from tsp.exits import exit_codes, stdout_kept_clean
+from tsp.options import Command
+
+
+@click.command(cls=Command)
+@click.argument("experiment")
+@click.option(
+    "--by", default="method,transfer,num_drop", show_default=True, help="What a row is: names or dotted settings."
+)
+@click.option(
+    "--report", type=click.Path(path_type=Path), metavar="FILE.html", help="Also write one page with figures."
+)
+@click.option("--price-per-hour", type=click.FloatRange(min=0), help="Of one device, for the page's table of costs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def compare(
+    experiment: str, by: str, report: Path | None, price_per_hour: float | None, as_json: bool, debug: bool
+) -> None:
+    """Compare the finished jobs of an experiment: tables, what is more than chance, and who won, in words."""
+    with exit_codes(debug=debug), stdout_kept_clean() as stdout:
+        from tsp.compare.groups import compare as make_comparison
+        from tsp.compare.outputs import as_document
+        from tsp.compare.page import write_report
+        from tsp.report_compare import print_comparison
+        from tsp.tracking.results import finished_jobs
+
+        comparison = make_comparison(finished_jobs(Path.cwd(), experiment), by.split(","))
+        if report is not None:
+            command = shlex.join(["tsp", *sys.argv[1:]])
+            write_report(comparison, report, price_per_hour=price_per_hour, command=command)
+        if as_json:
+            print(json.dumps(as_document(comparison)), file=stdout)
+        else:
+            print_comparison(comparison, stdout)

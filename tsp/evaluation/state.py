@@ -1,0 +1,83 @@
+"""Everything that is measured on one state of a model in memory: `evaluate_state`, in a job and in `tsp evaluate`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tsp.config import EvalConfig
+from tsp.data import Corpus
+from tsp.evaluation.generation import greedy_continuations
+from tsp.evaluation.predictions import Reference, measure_predictions
+from tsp.evaluation.speed import prompt_tokens_per_s
+from tsp.evaluation.zero_shot import Tasks, task_metrics
+from tsp.records import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """What every state is measured with. The dense one comes first: the others are compared with it."""
+
+    config: EvalConfig
+    corpora: Sequence[Corpus]
+    max_positions: int
+    """Of the model."""
+    sharing: Mapping[str, Any]
+    """How the ranks share the work: `engine.Engine.sharing`."""
+    tasks: Tasks | None = None
+    references: dict[str, Reference] = field(default_factory=dict)
+    """By corpus; the dense model's predictions."""
+
+
+def evaluate_state(exam: Exam, forward: Callable[[Tensor], Tensor], state: str) -> Evaluation:
+    """Measure one state; the same call on every rank.
+
+    Args:
+        exam: what with; remembers the dense model's predictions.
+        forward: tokens `[b, t]` -> logits `[b, t, V]`, on the device of `exam.sharing`.
+        state: its name; `dense` is what later states are compared with.
+    """
+    config = exam.config
+    perplexities, fidelities, slices = {}, {}, {}
+    for corpus in exam.corpora:
+        if corpus.name not in exam.references:
+            exam.references[corpus.name] = Reference(corpus.blocks, config.compare_positions)
+        perplexities[corpus.name], fidelity, slices[corpus.name] = measure_predictions(
+            forward,
+            corpus,
+            exam.references[corpus.name],
+            is_dense=state == "dense",
+            **exam.sharing,
+            name=f"evaluate {_spoken(state)} on {corpus.name}",
+        )
+        if fidelity is not None:
+            fidelities[corpus.name] = fidelity
+    first = exam.corpora[0].blocks
+    continuations: tuple[tuple[int, ...], ...] = ()
+    if config.prompts:
+        continuations = greedy_continuations(
+            forward,
+            first,
+            num_prompts=config.prompts,
+            num_new=config.continuation_tokens,
+            max_positions=exam.max_positions,
+            **exam.sharing,
+            name=f"generate {_spoken(state)}",
+        )
+    speed = None
+    if config.speed_runs:
+        prompt = first.flatten()[: min(2048, exam.max_positions)].to(exam.sharing["device"])
+        speed = prompt_tokens_per_s(forward, prompt, config.speed_runs)
+    return Evaluation(
+        perplexity=perplexities,
+        prompt_tokens_per_s=speed,
+        fidelity=fidelities,
+        slices=slices,
+        continuations=continuations,
+        tasks=task_metrics(exam.tasks, forward, exam.sharing) if exam.tasks else {},
+    )
+
+
+def _spoken(state: str) -> str:
+    return state.replace("_", " ")
