@@ -7,6 +7,7 @@ The layers of a job, weakest first: defaults here, the demo's YAML (no model giv
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from tsp.errors import ConfigError
 from tsp.settings import (
     DataConfig,
     EvalConfig,
+    LacoConfig,
     ModelConfig,
     PruneSection,
     ReplaceMeConfig,
@@ -35,9 +37,9 @@ class JobConfig(Section):
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()
     prune: PruneSection = PruneSection()
-    transfer: Literal["stage2", "finetune", "distill", "replaceme", "none"] = "stage2"
+    transfer: Literal["stage2", "finetune", "distill", "merge", "replaceme", "none"] = "stage2"
     """How what the doomed layers know is moved: `finetune`, `distill`: drop first, then train as long as stage 2;
-    `replaceme`: fold a linear map into the layer before, without training."""
+    `merge`: add the weights to the layer before; `replaceme`: fold a linear map into it; both without training."""
     budget_s: float | None = Field(None, gt=0)
     """Seconds for selection and transfer together: the transfer trains until they are over; None: `stage2.steps`."""
     save: bool = True
@@ -45,6 +47,7 @@ class JobConfig(Section):
     train: TrainConfig = TrainConfig()
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()
+    laco: LacoConfig = LacoConfig()
     replaceme: ReplaceMeConfig = ReplaceMeConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: int = Field(0, ge=0)
@@ -133,7 +136,13 @@ def _fault(fault: Any) -> str:
     if fault["type"] == "extra_forbidden":
         return f"unknown key {key}{_nearest(fault['loc'])}"
     allowed = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{key}: {allowed}, got {fault['input']!r}"
+    hint = _nearest_choice(fault) if fault["type"] == "literal_error" else ""
+    return f"{key}: {allowed}, got {fault['input']!r}{hint}"
+
+
+def _nearest_choice(fault: Any) -> str:
+    near = difflib.get_close_matches(str(fault["input"]), re.findall(r"'(.*?)'", fault["ctx"]["expected"]), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _nearest(loc: tuple[str | int, ...]) -> str:

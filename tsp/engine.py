@@ -29,7 +29,16 @@ from torch import Tensor, nn
 
 from tsp.config import JobConfig, TrainConfig
 from tsp.errors import TspError
-from tsp.machine import GIB, compiled_cpu_op, peak_gib, ranks_on_this_node, start_peak, weights_dtype
+from tsp.machine import (
+    GIB,
+    compiled_cpu_op,
+    held_bytes,
+    held_part,
+    peak_gib,
+    ranks_on_this_node,
+    start_peak,
+    weights_dtype,
+)
 from tsp.mounted import Mounted
 from tsp.sharding import AdamW, Gradients, with_optimizer
 
@@ -210,7 +219,7 @@ class Engine:
     def restored(self, model: nn.Module) -> Iterator[None]:
         """When the block ends the weights are what they were; each rank keeps a copy of its part in host memory."""
         parameters: Iterable[Any] = model.parameters()
-        kept = [(parameter, _held(parameter).detach().to("cpu", copy=True)) for parameter in parameters]
+        kept = [(parameter, held_part(parameter).detach().to("cpu", copy=True)) for parameter in parameters]
         try:
             yield
         finally:
@@ -218,7 +227,7 @@ class Engine:
                 if hasattr(parameter, "ds_id") and parameter.data.numel():
                     # ZeRO-3 leaves small parameters whole beside their shards.
                     parameter.partition(has_been_updated=False)
-                _held(parameter).data.copy_(values)
+                held_part(parameter).data.copy_(values)
             model.requires_grad_(False)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -263,7 +272,7 @@ class Engine:
 
     def weights_gib(self, model: nn.Module) -> list[float]:
         """GiB of weights that each rank holds between two steps."""
-        return [round(gib, 6) for gib in self.every_rank(sum(_held_bytes(p) for p in model.parameters()) / GIB)]
+        return [round(gib, 6) for gib in self.every_rank(sum(held_bytes(p) for p in model.parameters()) / GIB)]
 
     def peak_memory_gib(self) -> list[float]:
         """Each rank's peak since `start`: allocated on the GPU, or resident on a CPU."""
@@ -288,15 +297,3 @@ def _plain(error: Exception) -> Exception:
 
 def _hooks(model: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     return model._forward_pre_hooks, model._forward_hooks
-
-
-def _held(parameter: Any) -> Tensor:
-    """What this rank holds of a parameter: its shard under ZeRO-3, else all of it."""
-    return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter
-
-
-def _held_bytes(parameter: Tensor) -> int:
-    held = parameter.numel()
-    if hasattr(parameter, "ds_tensor"):
-        held = max(held, parameter.ds_tensor.numel())
-    return held * parameter.element_size()

@@ -23,6 +23,7 @@ from tsp.errors import ConfigError
 from tsp.evaluation.generation_speed import check_fits
 from tsp.evaluation.zero_shot import Tasks, open_tasks
 from tsp.machine import weights_dtype
+from tsp.methods import TRANSFERS
 from tsp.plan import Plan, make_plan
 from tsp.sharding import read_json, resolve
 from tsp.source import Source, check_drop, load_tokenizer, open_source
@@ -153,6 +154,8 @@ class Preparation:
         dropped = config.prune.drop
         if num_drop == 0:
             return
+        if dropped is not None and TRANSFERS[config.transfer].folds:
+            selection.runs_after_kept(dropped, config.transfer)
         if dropped is None:
             candidates = [index for index in range(source.num_layers) if index not in _protected(config, source)]
             selection.cut(candidates, num_drop)

@@ -4,8 +4,10 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tsp.config import JobConfig
 
@@ -56,3 +58,16 @@ def compiled_cpu_op() -> Path | None:
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or of_python)
     compiled = folder / CPU_OP / f"{CPU_OP}.so"
     return compiled if compiled.exists() else None
+
+
+def held_part(parameter: Any) -> Tensor:
+    """What this rank holds of a parameter: its shard under ZeRO-3, else all of it."""
+    return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter
+
+
+def held_bytes(parameter: Tensor) -> int:
+    """Bytes of a parameter that this rank holds between two steps."""
+    held = parameter.numel()
+    if hasattr(parameter, "ds_tensor"):
+        held = max(held, parameter.ds_tensor.numel())
+    return held * parameter.element_size()

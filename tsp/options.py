@@ -168,6 +168,7 @@ def _given(options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
     """The whole config from what was stated of it; a sweep registers nothing unless it is asked to."""
     from tsp.config import load_config
+    from tsp.methods import refuse_nonsense
     from tsp.yaml12 import read_yaml
 
     known = load_config(stated)
@@ -176,7 +177,9 @@ def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
         layers.append({"prune": {"ratio": 0.25, "num_drop": None, "drop": None}})
     if known.model.path is None:
         layers.insert(0, read_yaml(Path(__file__).parent / "demo" / "prune.yaml"))
-    return load_config([{"tracking": {"register_model": not sweep}}, *layers])
+    config = load_config([{"tracking": {"register_model": not sweep}}, *layers])
+    refuse_nonsense(config)
+    return config
 
 
 def sharding_path(options: Mapping[str, Any]) -> Path:

@@ -23,7 +23,7 @@ from tsp.engine import Engine
 from tsp.errors import ModelError
 from tsp.evaluation.state import Exam, evaluate_state
 from tsp.job import Job
-from tsp.methods import transfer_verb
+from tsp.methods import transfer_check, transfer_verb
 from tsp.methods.base import Bench
 from tsp.outcome import Outcome, open_run, publish
 from tsp.progress import logging_to
@@ -113,10 +113,13 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
 
     with engine.mounted(decoder.model) as model:
         bench.model = model
+        check_transfer = transfer_check(job.config.transfer)
+        check_transfer(bench, job.config.prune.drop)
         dense = evaluated("dense")
         scores, chosen = choose(bench, job, shared, watch)
         doomed = chosen.doomed
         check_drop(job.source, doomed)
+        check_transfer(bench, doomed)
         with decoder.bypassing(doomed):
             bare_drop = evaluated("bare_drop", doomed)
         bench.model = None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 
-from tsp.errors import ConfigError
+from tsp.errors import ConfigError, ModelError
 
 
 def protected_layers(num_layers: int, first: int, last: int) -> frozenset[int]:
@@ -46,6 +46,21 @@ def runs(indices: Collection[int]) -> list[range]:
             found[-1] = range(found[-1].start, index + 1)
         else:
             found.append(range(index, index + 1))
+    return found
+
+
+def runs_after_kept(doomed: Collection[int], transfer: str) -> list[range]:
+    """`runs` for a transfer that puts each run of doomed layers into the layer before it.
+
+    Raises:
+        ModelError: a run begins at layer 0.
+    """
+    found = runs(doomed)
+    if found and found[0].start == 0:
+        raise ModelError(
+            f"{transfer} folds dropped layers into the layer before them; layers {','.join(map(str, found[0]))} have "
+            "none; protect the first layer (prune.protect_first=1) or use another transfer"
+        )
     return found
 
 

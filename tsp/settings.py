@@ -166,6 +166,17 @@ class Stage2Config(Section):
     """Adapters of `trainable: lora`."""
 
 
+class LacoConfig(Section):
+    max_layers: int = Field(4, ge=2)
+    """Layers that one merge makes one of, at most; C in the paper, whose value for 32 layers this is."""
+    interval: int = Field(2, ge=1)
+    """Layers to go down after a merge; I in the paper."""
+    threshold: float = Field(0.65, ge=-1, le=1)
+    """Least mean cosine of the last hidden state to the dense model's; T in the paper."""
+    step: float = Field(0.05, gt=0)
+    """By how much the threshold falls when too few layers could be merged."""
+
+
 class ReplaceMeConfig(Section):
     ridge: float = Field(1e-3, ge=0)
     """Pull of the folded map towards the identity, as a share of the mean square of what it is applied to."""

@@ -28,6 +28,18 @@ class Entry:
     """The order depends on the seed."""
 
 
+@dataclass(frozen=True)
+class Move:
+    """A transfer: where its verb is, `module:function`."""
+
+    verb: str | None
+    check: str | None = None
+    """`module:function` that refuses, before the transfer begins, doomed layers it cannot deal with."""
+    trains: bool = False
+    folds: bool = False
+    """Each run of doomed layers goes into the kept layer before it."""
+
+
 _HERE = Path(__file__).parent
 # Published as selections only: nothing is trained unless a transfer is asked for.
 _BASELINE = _HERE / "baseline.yaml"
@@ -47,6 +59,9 @@ METHODS: Mapping[str, Entry] = {
     "sleb": Entry("tsp.methods.leave_out:sleb", _BASELINE, "again and again the layer that is missed least"),
     "ppl": Entry("tsp.methods.leave_out:ppl", _BASELINE, "the layers that are missed least, one by one"),
     "taylor": Entry("tsp.methods.taylor:taylor", _BASELINE, "layers whose weights the loss depends on least"),
+    "laco": Entry(
+        "tsp.methods.laco:laco", _HERE / "laco.yaml", "layers that can be merged into the one before", nested=False
+    ),
     "magnitude": Entry("tsp.methods.simple:magnitude", _BASELINE, "layers with the smallest weights"),
     "random": Entry("tsp.methods.simple:random", _BASELINE, "a seeded random choice", seeded=True),
     "tail": Entry("tsp.methods.simple:tail", _BASELINE, "the last layers but the very last"),
@@ -54,12 +69,13 @@ METHODS: Mapping[str, Entry] = {
 }
 
 
-TRANSFERS: Mapping[str, str | None] = {
-    "stage2": "tsp.methods.trsp.stage2:transfer",
-    "finetune": "tsp.methods.controls:finetune",
-    "distill": "tsp.methods.controls:distill",
-    "replaceme": "tsp.methods.replaceme:replaceme",
-    "none": None,
+TRANSFERS: Mapping[str, Move] = {
+    "stage2": Move("tsp.methods.trsp.stage2:transfer", trains=True),
+    "finetune": Move("tsp.methods.controls:finetune", trains=True),
+    "distill": Move("tsp.methods.controls:distill", trains=True),
+    "merge": Move("tsp.methods.laco:merge", check="tsp.methods.laco:check", folds=True),
+    "replaceme": Move("tsp.methods.replaceme:replaceme", check="tsp.methods.replaceme:check", folds=True),
+    "none": Move(None),
 }
 
 
@@ -77,8 +93,31 @@ def is_nested(config: "JobConfig") -> bool:
 
 def transfer_verb(name: str) -> Callable[..., Any] | None:
     """The verb `transfer`; None where nothing is to be moved."""
-    path = TRANSFERS[name]
+    path = TRANSFERS[name].verb
     return _function(path) if path else None
+
+
+def transfer_check(name: str) -> Callable[..., None]:
+    """Takes the bench with the model mounted, and the doomed layers or None; raises ModelError."""
+    path = TRANSFERS[name].check
+    return _function(path) if path else lambda bench, doomed: None
+
+
+def refuse_nonsense(config: "JobConfig") -> None:
+    """Settings that are each allowed and do not go together.
+
+    Raises:
+        ConfigError: these do not.
+    """
+    if config.prune.method == "laco" and config.transfer == "stage2":
+        raise ConfigError(
+            "prune.method laco chooses layers to merge into others and stage 2 trains with them in place, got "
+            "transfer stage2; give transfer=merge, the method's own, or finetune, distill, replaceme, none"
+        )
+    if config.transfer in ("finetune", "distill") and config.stage2.trainable == "none":
+        raise ConfigError(
+            f"transfer {config.transfer} trains nothing with stage2.trainable none; give lora or full, or transfer=none"
+        )
 
 
 def _function(path: str) -> Callable[..., Any]:

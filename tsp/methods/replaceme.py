@@ -24,7 +24,7 @@ from tsp.evaluation.windows import batches
 from tsp.linear import linear_maps, num_outputs, outputs_first
 from tsp.methods.base import Bench
 from tsp.mounted import Mounted
-from tsp.selection import runs
+from tsp.selection import runs_after_kept
 
 _PROBE_TOKENS = 8
 # Of the perturbation's size: rounding of the residual sum stays below it in bf16, a norm or a scale does not.
@@ -50,7 +50,7 @@ def replaceme(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype)
         ModelError: a run begins at layer 0, or the layer before it adds no linear map's output as it is.
     """
     with bench.engine.mounted(bench.decoder.model) as model, torch.no_grad():
-        folds = [_fold(bench, model, run) for run in runs(doomed)]
+        folds = [_fold(bench, model, run) for run in runs_after_kept(doomed, "replaceme")]
         _measure(bench, model, folds)
     for fold in folds:
         _write(bench, fold)
@@ -58,23 +58,51 @@ def replaceme(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype)
     round_weights(weights, save_dtype, bench.engine.gathered)
 
 
+def check(bench: Bench, doomed: Collection[int] | None) -> None:
+    """What can be known before the transfer; the model is mounted.
+
+    Args:
+        bench: with the dense model.
+        doomed: None: not chosen yet. Then some layer at least has to be one that others can be folded into.
+
+    Raises:
+        ModelError: as `replaceme`.
+    """
+    assert bench.model is not None
+    with torch.no_grad():
+        if doomed is not None:
+            for run in runs_after_kept(doomed, "replaceme"):
+                _map_before(bench, bench.model, run)
+            return
+        found: list[nn.Module] = []
+        for index in range(bench.decoder.num_layers - 1):
+            found = _added_maps(bench, bench.model, index)
+            if len(found) == 1:
+                return
+    raise ModelError(f"replaceme can fold nothing into any layer of this model: {_why(found)}; use another transfer")
+
+
 def _fold(bench: Bench, model: Mounted, run: range) -> Fold:
-    if run.start == 0:
-        raise ModelError(
-            f"replaceme folds dropped layers into the layer before them; {_named(run)} have none; protect the first "
-            "layer (prune.protect_first=1) or use another transfer"
-        )
+    linear = _map_before(bench, model, run)
+    hidden_size = num_outputs(linear)
+    products = torch.zeros(hidden_size, 2 * hidden_size, dtype=torch.float64, device=bench.engine.device)
+    return Fold(run, linear, products)
+
+
+def _map_before(bench: Bench, model: Mounted, run: range) -> nn.Module:
     found = _added_maps(bench, model, run.start - 1)
     if len(found) != 1:
-        why = (
-            f"it adds the outputs of {len(found)} linear maps side by side (a parallel block)"
-            if found
-            else "it adds no linear map's output as it is (a norm or a scale follows, or it is a mixture of experts)"
+        raise ModelError(
+            f"replaceme cannot fold layers {','.join(map(str, run))} into layer {run.start - 1}: {_why(found)}; "
+            "use another transfer"
         )
-        raise ModelError(f"replaceme cannot fold {_named(run)} into layer {run.start - 1}: {why}; use another transfer")
-    hidden_size = num_outputs(found[0])
-    products = torch.zeros(hidden_size, 2 * hidden_size, dtype=torch.float64, device=bench.engine.device)
-    return Fold(run, found[0], products)
+    return found[0]
+
+
+def _why(found: Sequence[nn.Module]) -> str:
+    if found:
+        return f"it adds the outputs of {len(found)} linear maps side by side (a parallel block)"
+    return "it adds no linear map's output as it is (a norm or a scale follows, or it is a mixture of experts)"
 
 
 def _added_maps(bench: Bench, model: Mounted, index: int) -> list[nn.Module]:
@@ -154,10 +182,6 @@ def _write(bench: Bench, fold: Fold) -> None:
             by_output = before.T if turned and name == "weight" else before
             after = by_output + by_output @ correction_DD
             parameter.data.copy_(after.T if turned and name == "weight" else after)
-
-
-def _named(run: range) -> str:
-    return f"layers {','.join(map(str, run))}"
 
 
 @contextmanager
