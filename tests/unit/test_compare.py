@@ -146,8 +146,9 @@ def test_settings_that_differ_by_a_key_of_the_table_are_rows_of_their_own():
     assert [row.keys for row in rows] == [{"method": "sleb", "stage2.lr": 1e-3}, {"method": "sleb", "stage2.lr": 3e-3}]
 
 
-def test_settings_of_a_training_that_does_not_happen_make_no_difference():
-    jobs = [finished(transfer="none", settings={"stage2.lr": lr}, started_ms=n) for n, lr in enumerate((1e-3, 3e-3))]
+@pytest.mark.parametrize("transfer", ["none", "replaceme"])
+def test_settings_of_a_training_that_does_not_happen_make_no_difference(transfer):
+    jobs = [finished(transfer=transfer, settings={"stage2.lr": lr}, started_ms=n) for n, lr in enumerate((1e-3, 3e-3))]
     [row] = only_table(jobs).rows
     assert len(row.jobs) == 1
 
