@@ -309,6 +309,7 @@ def test_the_numbers_of_a_result():
         },
         fidelity={"wiki": {"bare_drop": {"kl": 1.0, "top1": 0.3}, "pruned": {"kl": 0.25, "top1": 0.75}}},
         worst_slice={"corpus": "wiki", "slice": "code", "ratio": 1.9},
+        generation={"dense": {"repetition": 0.1, "agreement": 1.0}, "pruned": {"repetition": 0.3, "agreement": 0.4}},
     ).result
     found = measures(result)
     expected = {
@@ -319,6 +320,8 @@ def test_the_numbers_of_a_result():
         "kl/wiki": 0.25,
         "top1/wiki": 0.75,
         "worst_slice": 1.9,
+        "repetition": 0.3,
+        "agreement": 0.4,
         "prompt_speedup": 1.25,
         "generation_speedup": 1.25,
         "seconds": 90.0,
