@@ -146,8 +146,9 @@ def test_settings_that_differ_by_a_key_of_the_table_are_rows_of_their_own():
     assert [row.keys for row in rows] == [{"method": "sleb", "stage2.lr": 1e-3}, {"method": "sleb", "stage2.lr": 3e-3}]
 
 
-def test_settings_of_a_training_that_does_not_happen_make_no_difference():
-    jobs = [finished(transfer="none", settings={"stage2.lr": lr}, started_ms=n) for n, lr in enumerate((1e-3, 3e-3))]
+@pytest.mark.parametrize("transfer", ["none", "replaceme"])
+def test_settings_of_a_training_that_does_not_happen_make_no_difference(transfer):
+    jobs = [finished(transfer=transfer, settings={"stage2.lr": lr}, started_ms=n) for n, lr in enumerate((1e-3, 3e-3))]
     [row] = only_table(jobs).rows
     assert len(row.jobs) == 1
 
@@ -308,6 +309,7 @@ def test_the_numbers_of_a_result():
         },
         fidelity={"wiki": {"bare_drop": {"kl": 1.0, "top1": 0.3}, "pruned": {"kl": 0.25, "top1": 0.75}}},
         worst_slice={"corpus": "wiki", "slice": "code", "ratio": 1.9},
+        generation={"dense": {"repetition": 0.1, "agreement": 1.0}, "pruned": {"repetition": 0.3, "agreement": 0.4}},
     ).result
     found = measures(result)
     expected = {
@@ -318,6 +320,8 @@ def test_the_numbers_of_a_result():
         "kl/wiki": 0.25,
         "top1/wiki": 0.75,
         "worst_slice": 1.9,
+        "repetition": 0.3,
+        "agreement": 0.4,
         "prompt_speedup": 1.25,
         "generation_speedup": 1.25,
         "seconds": 90.0,

@@ -56,6 +56,8 @@ def measures(result: Mapping[str, Any]) -> dict[str, float]:
     for corpus, states in (result.get("fidelity") or {}).items():
         pruned = states.get("pruned") or {}
         found |= {f"kl/{corpus}": pruned.get("kl"), f"top1/{corpus}": pruned.get("top1")}
+    written = (result.get("generation") or {}).get("pruned") or {}
+    found |= {name: written.get(name) for name in ("repetition", "agreement")}
     found["worst_slice"] = (result.get("worst_slice") or {}).get("ratio")
     found |= _tasks(result) | _speed(result) | _cost(result)
     found["tuning_loss"] = result.get("tuning_loss")
@@ -98,6 +100,8 @@ _COLUMNS = (
     Column(name="tasks", title="tasks, mean", better="high", digits=3),
     Column(name="kl/*", title="KL {}", better="low", digits=4),
     Column(name="top1/*", title="top-1 {}", better="high", digits=3),
+    Column(name="repetition", title="repetition", better="low", digits=3),
+    Column(name="agreement", title="agreement with dense", better="high", digits=3),
     # Only rows with as many layers compete, and these are equally fast but for the noise of the clock.
     Column(name="prompt_speedup", title="prompt speed, x dense", better=None, digits=2),
     Column(name="generation_speedup", title="generation speed, x dense", better=None, digits=2),
