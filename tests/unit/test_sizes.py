@@ -51,7 +51,7 @@ def ran(model):
     return (sizes[1] - sizes[0]) / 8
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen2", "gpt_oss", "bloom", "qwen3_next"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma4_text", "deepseek_v2", "gpt_oss", "bloom", "qwen3_next"])
 def test_it_is_by_how_much_a_real_cache_grows(tmp_path, name):
     model = family_model(name)
     model.save_pretrained(tmp_path / name)
