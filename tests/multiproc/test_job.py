@@ -18,6 +18,11 @@ SETTINGS = {
     "data.block_tokens": 16,
     "eval.block_tokens": 16,
     "eval.speed_runs": 1,
+    "eval.prompts": 3,
+    "eval.generation_runs": 1,
+    "eval.generation_batch": 2,
+    "eval.generation_prompt_tokens": 4,
+    "eval.generation_new_tokens": 6,
     "train.batch_size": 8,
     "stage1.steps": 14,
     "stage1.lr": 0.1,
@@ -28,7 +33,8 @@ SETTINGS = {
 KEYS = {
     "schema", "run_id", "experiment", "status", "method", "transfer", "model", "num_layers", "dropped", "scores",
     "perplexity", "ppl_ratio_interval", "parameters", "speed", "seconds", "peak_memory_gib", "weights_gib",
-    "trained_tokens", "checkpoint", "registered",
+    "trained_tokens", "checkpoint", "registered", "ppl_interval", "fidelity", "slices", "worst_slice", "generation",
+    "tasks", "size_gib", "kv_cache_bytes_per_token",
 }  # fmt: skip
 
 
@@ -88,6 +94,29 @@ def test_result_json_is_that_of_the_contract(job):
     assert result["parameters"]["pruned"] < result["parameters"]["dense"]
     assert result["trained_tokens"] == (14 + 6) * 8 * 16 == len(recorded) * 8 * 16
     assert result["checkpoint"] == str(root / "out/model")
+
+
+def test_the_states_are_compared_with_the_dense_one(job):
+    """Two layers that do nothing: without them the model is what it was."""
+    _, result, _ = job
+    fidelity, generation = result["fidelity"]["tiny-text"], result["generation"]
+    assert set(fidelity) == {"bare_drop", "pruned"}
+    assert fidelity["bare_drop"]["kl"] < 1e-6 < fidelity["pruned"]["kl"]
+    assert fidelity["bare_drop"]["top1"] > 0.999
+    assert generation["dense"]["agreement"] == generation["bare_drop"]["agreement"] == 1
+    assert result["ppl_interval"]["tiny-text"]["dense"][0] < result["perplexity"]["tiny-text"]["dense"]
+    assert (result["slices"], result["worst_slice"], result["tasks"]) == ({}, None, {})
+
+
+def test_what_the_folders_cost_is_measured(job):
+    _, result, _ = job
+    a_layer = 2 * 2 * 8 * 4
+    assert result["kv_cache_bytes_per_token"] == {"dense": LAYERS * a_layer, "pruned": (LAYERS - 2) * a_layer}
+    for state, gib in result["size_gib"].items():
+        assert gib == pytest.approx(result["parameters"][state] * 4 / 2**30)
+    speed = result["speed"]["generation_tokens_per_s"]
+    assert set(speed) == {"dense", "pruned"}
+    assert min(speed.values()) > 0
 
 
 def test_the_checkpoint_is_a_plain_folder(job):

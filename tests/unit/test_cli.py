@@ -147,6 +147,13 @@ def test_wrong_option_is_one_error_line(words, reason, launcher):
         (["--config", "bad.yaml"], "unknown key stage2.gate, did you mean gates?"),
         (["--output", "."], "--output . must be a new or an empty folder"),
         (["--set", "train.batch_size=3", "--set", "train.accumulation=2"], "train.batch_size must be a multiple"),
+        (["--slices", "none.yaml"], "--slices none.yaml: No such file"),
+        (["--slices", "lost.yaml"], "--slices lost.yaml: lost match nothing in the windows of stdlib"),
+        (["--tasks", "no-such-task"], "lm-evaluation-harness knows no task no-such-task"),
+        (
+            ["--set", "eval.generation_runs=1", "--set", "eval.generation_new_tokens=449"],
+            "eval.generation_new_tokens must be at most the model's 512 positions, got 513",
+        ),
     ],
 )
 def test_wrong_input_is_found_before_anything_is_opened(words, reason, tmp_path):
@@ -156,6 +163,7 @@ def test_wrong_input_is_found_before_anything_is_opened(words, reason, tmp_path)
         json.dumps({"train_batch_size": 5, "fp16": {"enabled": True}, "zero_optimization": {"stage": 3}})
     )
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "lost.yaml").write_text("lost: {file: nowhere/*}")
     (tmp_path / "bad.yaml").write_text("stage2: {gate: off}")
     before = sorted(tmp_path.iterdir())
     options = options_of(*words)
@@ -182,6 +190,24 @@ def test_wrong_input_of_other_commands(words, reason):
     assert_wrong_input(run(*words), reason)
 
 
+def test_tasks_are_given_by_commas_or_one_by_one():
+    for words in (["--tasks", "a,b", "--tasks", "c"], ["--tasks", "a", "--tasks", "b,c"]):
+        assert config_from_options(options_of(*words)).eval.tasks == ("a", "b", "c")
+
+
+def test_a_dense_model_of_other_tokens_is_refused(tmp_path):
+    from tests.models import model_folder, tiny_model
+    from tsp.config import load_config
+    from tsp.demo import CHECKPOINT
+    from tsp.evaluate import evaluate_model
+
+    tiny = model_folder(tmp_path / "tiny", tiny_model(num_layers=2))
+    config = load_config([{"model": {"path": str(tiny)}, "eval": {"sources": ["stdlib"]}}])
+    with pytest.raises(TspError, match="must have the same tokenizer") as caught:
+        evaluate_model(config, None, root=tmp_path, world_size=1, against=str(CHECKPOINT))
+    assert caught.value.exit_code == 2
+
+
 def test_debug_shows_the_traceback_and_keeps_the_last_line():
     done = run("prune", "--ratio", "2", "--debug")
     assert done.returncode == 2
@@ -199,6 +225,7 @@ def test_prune_hands_a_sweep_on(started):
 
 def test_prune_starts_the_launcher_with_the_same_options(started):
     words = ["--ratio", "0.5", "--eval-data", "a.txt", "--eval-data", "b c.txt", "--set", "stage1.steps=3"]
+    words += ["--slices", "parts.yaml", "--tasks", "piqa,sciq"]
     words += ["--set", "stage2.lr=1e-4", "--no-register", "--seed", "3", "--run-name", "x y", "--output", "out"]
     done = CliRunner().invoke(main, ["prune", *words])
     assert done.exit_code == 7

@@ -227,8 +227,8 @@ def test_a_file_that_is_missing_or_of_bytes_is_refused(tmp_path):
 
 
 def test_a_job_with_bad_slices_does_not_start(tmp_path):
+    from tsp.job import prepare
     from tsp.options import sharding_path
-    from tsp.pipeline import prepare
 
     model = model_folder(tmp_path / "model", tiny_model(num_layers=3))
     (tmp_path / "a.txt").write_text(" ".join(["w5"] * 400))
