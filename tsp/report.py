@@ -160,8 +160,8 @@ def _print_slices(console: Console, result: dict[str, Any], states: list[str]) -
     for corpus, name, row in rows:
         cells = [f"{row['num_tokens']:,}", *(f"{row['ppl'][state]:.2f}" for state in states)]
         if compared:
-            ratio, interval = row["ppl"][judged] / row["ppl"]["dense"], row["ratio_interval"][judged]
-            cells.append(f"{ratio:.2f} ({_between(interval, '.2f')})")
+            ratio, interval = row["ppl"][judged] / row["ppl"]["dense"], row["ratio_interval"].get(judged)
+            cells.append(f"{ratio:.2f} ({_between(interval, '.2f') if interval else 'one window'})")
             found = {"kl": row["kl"][judged], "top1": row["top1"][judged]} if judged in row["kl"] else None
             cells += _fidelity_cells(found)
         table.add_row(corpus, name, *cells)

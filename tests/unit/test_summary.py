@@ -65,6 +65,18 @@ def test_a_slice_says_nothing_of_what_was_not_compared(states):
     assert row["y"]["ppl"] == {"dense": 10, "bare_drop": 16, "pruned": 13}
 
 
+def test_one_window_makes_no_interval():
+    alone = {"losses": (1.0,), "weights": (8,)}
+    states = {
+        state: Evaluation(
+            perplexity={"a": perplexity(1.0, 2.0)}, prompt_tokens_per_s=None, slices={"a": {"x": part(ppl, **alone)}}
+        )
+        for state, ppl in (("dense", 2.0), ("pruned", 3.0))
+    }
+    assert summarise(states)["slices"]["a"]["x"]["ratio_interval"] == {}
+    assert summarise(states)["worst_slice"]["ratio"] == pytest.approx(1.5)
+
+
 def test_metrics_have_the_names_of_the_contract(states):
     found = metrics(summarise(states))
     assert found["eval/a/ppl_pruned"] == pytest.approx(math.exp(2.5))

@@ -105,7 +105,8 @@ def _slice(by_state: Mapping[str, SlicePerplexity]) -> dict[str, Any]:
         "ratio_interval": {
             state: ratio_interval(one.window_losses, dense.window_losses, weights=one.window_tokens)
             for state, one in by_state.items()
-            if dense is not None and state != "dense"
+            # One window alone would give an interval of no width, which looks like certainty.
+            if dense is not None and state != "dense" and len(one.window_losses) > 1
         },
     }
 
