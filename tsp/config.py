@@ -141,7 +141,9 @@ def _fault(fault: Any) -> str:
 
 
 def _nearest_choice(fault: Any) -> str:
-    near = difflib.get_close_matches(str(fault["input"]), re.findall(r"'(.*?)'", fault["ctx"]["expected"]), n=1)
+    near = difflib.get_close_matches(
+        str(fault["input"]), re.findall(r"'(.*?)'", fault["ctx"]["expected"]), n=1, cutoff=0.8
+    )
     return f"; did you mean {near[0]}?" if near else ""
 
 

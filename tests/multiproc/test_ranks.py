@@ -54,10 +54,11 @@ ANNEAL = {"stage2__gates": "anneal", "stage2__lambda2": 0.01, "stage2__task": {"
 
 
 SOME = [(2, "fp32"), (3, "fp32"), (3, "bf16")]
-BASELINES = ("sleb", "taylor")
+BASELINES = ("sleb", "taylor", "laco")
+FOLDS = ("merge", "replaceme")
 ON_ONE_RANK = (
     *("ranks", "falling-zero3-fp32", "budget-zero2-fp32", "lora-zero3-fp32", "full-zero2-fp32"),
-    *(f"{method}-zero2" for method in BASELINES),
+    *(f"{name}-zero2" for name in (*BASELINES, *FOLDS)),
 )
 
 
@@ -80,10 +81,12 @@ def plan(num_ranks: int) -> dict[str, dict]:
     found["again-falling"] = case("select", "plain", zero(3), again | FALLING, num_drop=2)
     found["again-lora"] = case("move", "plain", zero(3), again | LORA | ANNEAL, doomed=DOOMED)
     found["split-lora"] = case("move", "plain", zero(3), split | LORA | ANNEAL, doomed=DOOMED)
-    for method in BASELINES:
-        for stage in STAGES:
-            settings = {"train__batch_size": 6, "eval__batch_size": 3, "prune__score_blocks": 13}
-            found[f"{method}-zero{stage}"] = case("select", "plain", zero(stage), settings, method=method, num_drop=2)
+    settings = {"train__batch_size": 6, "eval__batch_size": 3, "prune__score_blocks": 13}
+    for stage in STAGES:
+        for name in BASELINES:
+            found[f"{name}-zero{stage}"] = case("select", "plain", zero(stage), settings, method=name, num_drop=2)
+        for name in FOLDS:
+            found[f"{name}-zero{stage}"] = case("move", "plain", zero(stage), settings, transfer=name, doomed=DOOMED)
     if num_ranks == 1:
         found = {name: found[name] for name in ON_ONE_RANK}
     for placement in ("residual", "output"):
@@ -212,6 +215,20 @@ def test_baselines_score_alike_on_any_number_of_ranks(of, method, stage):
     assert two["order"][:2] == one["order"][:2]
     assert two["values"] == pytest.approx(one["values"], rel=1e-5)
     assert two["unchanged"]
+
+
+@pytest.mark.parametrize("transfer", FOLDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_folds_write_the_same_weights_on_any_number_of_ranks(of, models, transfer, stage):
+    one, two = of(f"{transfer}-zero2", 1), of(f"{transfer}-zero{stage}")
+    changed = set()
+    for name, weight in one["weights"].items():
+        assert torch.allclose(two["weights"][name], weight, rtol=1e-4, atol=1e-5), name
+        if not torch.equal(weight, models["plain"].state_dict()[name]):
+            changed.add(name.split(".")[2])
+    assert changed == {"0"}, "the layer before the doomed ones, and no other"
+    assert torch.allclose(two["after"], one["after"], atol=1e-3)
+    assert not torch.allclose(two["after"], two["before"], atol=1e-2)
 
 
 def test_zero_2_is_zero_3(of):

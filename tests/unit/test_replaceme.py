@@ -8,7 +8,7 @@ from tests.families import family_model
 from tests.models import bench, job, logits, tiny_model, tokens, without_layers
 from tsp.decoder import find_decoder
 from tsp.errors import ModelError
-from tsp.methods.replaceme import correction, replaceme
+from tsp.methods.replaceme import check, correction, replaceme
 from tsp.selection import runs
 
 LAYERS = 6
@@ -96,6 +96,27 @@ def test_the_weights_can_be_represented_where_they_are_saved():
     replaceme(made, (3,), save_dtype=torch.bfloat16)
     weight = made.decoder.layers[2].mlp.down_proj.weight
     assert torch.equal(weight, weight.to(torch.bfloat16).to(torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("family", "doomed", "reason"),
+    [
+        ("gemma2", None, "replaceme can fold nothing into any layer of this model: it adds no linear map's output"),
+        ("gptj", None, "2 linear maps side by side"),
+        ("gemma2", (2,), "replaceme cannot fold layers 2 into layer 1"),
+        ("llama", (0, 1), "layers 0,1 have none"),
+        ("llama", (2, 3), None),
+        ("gpt2", None, None),
+    ],
+)
+def test_a_model_that_cannot_be_folded_is_refused_before_anything_is_measured(family, doomed, reason):
+    made = bench(family_model(family), tokens(8, 8), job())
+    with made.engine.mounted(made.decoder.model) as made.model:
+        if reason is None:
+            check(made, doomed)
+            return
+        with pytest.raises(ModelError, match=reason):
+            check(made, doomed)
 
 
 @pytest.mark.parametrize(
