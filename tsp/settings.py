@@ -167,6 +167,8 @@ class Stage2Config(Section):
 
 
 class LacoConfig(Section):
+    blocks: int = Field(8, ge=1)
+    """Calibration sequences on which merged models are compared with the dense one; the paper takes a handful."""
     max_layers: int = Field(4, ge=2)
     """Layers that one merge makes one of, at most; C in the paper, whose value for 32 layers this is."""
     interval: int = Field(2, ge=1)

@@ -13,13 +13,17 @@ LAYERS = 8
 TEXT = tokens(6, 16)
 
 
-def by_hand(doomed, **kind):
+# Where a family has its layers, and the norm behind them.
+PATHS = {"llama": ("model.layers", "model.norm"), "gpt2": ("transformer.h", "transformer.ln_f")}
+
+
+def by_hand(doomed, family="llama", **kind):
     """A model of the family's own class without the doomed layers, their weights added to the layer before."""
-    dense = tiny_model(num_layers=LAYERS, **kind)
+    dense, (stack, _) = tiny_model(family, LAYERS, **kind), PATHS[family]
     weights = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     for name in weights:
         parts = name.split(".")
-        if not name.startswith("model.layers.") or int(parts[2]) in doomed:
+        if not name.startswith(f"{stack}.") or int(parts[2]) in doomed:
             continue
         base, following = int(parts[2]), int(parts[2]) + 1
         original = dense.state_dict()[name]
@@ -29,16 +33,17 @@ def by_hand(doomed, **kind):
             following += 1
         assert base not in doomed
     dense.load_state_dict(weights)
-    return without_layers(dense, tuple(doomed), "model.layers")
+    return without_layers(dense, tuple(doomed), stack)
 
 
+@pytest.mark.parametrize("family", PATHS)
 @pytest.mark.parametrize("doomed", [(3,), (1, 2, 3), (2, 4, 5), (7,), tuple(range(1, LAYERS))])
-def test_merge_is_the_sum_of_differences_to_the_original_weights(doomed):
-    made = bench(tiny_model(num_layers=LAYERS, std=0.1), TEXT, job())
+def test_merge_is_the_sum_of_differences_to_the_original_weights(doomed, family):
+    made = bench(tiny_model(family, LAYERS, std=0.1), TEXT, job())
     merge(made, doomed, save_dtype=torch.float32)
     with made.decoder.bypassing(doomed):
         found = logits(made.decoder.model, TEXT)
-    assert torch.allclose(found, logits(by_hand(doomed, std=0.1), TEXT), atol=1e-5)
+    assert torch.allclose(found, logits(by_hand(doomed, family, std=0.1), TEXT), atol=1e-5)
     assert made.trained_tokens == 0
 
 
@@ -84,19 +89,19 @@ def test_what_cannot_be_merged_is_refused_and_left_alone(family, doomed, reason)
     assert all(torch.equal(tensor, dense[name]) for name, tensor in made.decoder.model.state_dict().items())
 
 
-def cosine_by_hand(doomed):
+def cosine_by_hand(doomed, family="llama"):
     def last(model):
-        states = []
-        hook = model.model.norm.register_forward_pre_hook(lambda norm, args: states.append(args[0]))
+        states, norm = [], model.get_submodule(PATHS[family][1])
+        hook = norm.register_forward_pre_hook(lambda norm, args: states.append(args[0]))
         logits(model, TEXT)
         hook.remove()
         return states[0]
 
-    dense = last(tiny_model(num_layers=LAYERS, std=0.1))
-    return F.cosine_similarity(last(by_hand(doomed, std=0.1)), dense, dim=-1).mean().item()
+    dense = last(tiny_model(family, LAYERS, std=0.1))
+    return F.cosine_similarity(last(by_hand(doomed, family, std=0.1)), dense, dim=-1).mean().item()
 
 
-def algorithm_1(num_drop, *, c, interval, threshold, step):
+def algorithm_1(num_drop, family="llama", *, c, interval, threshold, step):
     """The paper's search on a list of layers, with the threshold lowered and the last merge cut short."""
     doomed = []
     while len(doomed) < num_drop:
@@ -104,8 +109,8 @@ def algorithm_1(num_drop, *, c, interval, threshold, step):
         at = max(len(left) - c, 0)
         while at >= 0 and len(doomed) < num_drop:
             run = left[at + 1 :][: min(c - 1, num_drop - len(doomed))]
-            if run and cosine_by_hand({*doomed, *run}) > threshold:
-                doomed += run
+            if run and cosine_by_hand({*doomed, *run}, family) > threshold:
+                doomed += sorted(run, reverse=True)
                 left = [index for index in left if index not in run]
                 at = min(at - interval, max(len(left) - c, 0))
             else:
@@ -114,8 +119,8 @@ def algorithm_1(num_drop, *, c, interval, threshold, step):
     return tuple(doomed)
 
 
-def scored(num_drop, protected=(), stage=0, **settings):
-    made = bench(tiny_model(num_layers=LAYERS, std=0.1), TEXT, job(**settings), stage, protected)
+def scored(num_drop, protected=(), stage=0, family="llama", blocks=TEXT, **settings):
+    made = bench(tiny_model(family, LAYERS, std=0.1), blocks, job(**settings), stage, protected)
     with made.engine.mounted(made.decoder.model) as made.model:
         return laco(made, num_drop)
 
@@ -124,20 +129,43 @@ def scored(num_drop, protected=(), stage=0, **settings):
     ("num_drop", "c", "interval", "threshold", "step"),
     [(1, 2, 1, 0.9, 0.1), (3, 3, 2, 0.95, 0.05), (4, 3, 1, 0.9, 0.02), (5, 4, 2, 0.65, 0.05), (7, 4, 2, 0.9, 0.3)],
 )
-def test_the_search_is_the_papers(num_drop, c, interval, threshold, step):
+@pytest.mark.parametrize("family", PATHS)
+def test_the_search_is_the_papers(num_drop, c, interval, threshold, step, family):
     settings = {"max_layers": c, "interval": interval, "threshold": threshold, "step": step}
-    scores = scored(num_drop, laco=settings)
-    assert scores.order == algorithm_1(num_drop, c=c, interval=interval, threshold=threshold, step=step)
+    scores = scored(num_drop, family=family, laco=settings)
+    assert scores.order == algorithm_1(num_drop, family, c=c, interval=interval, threshold=threshold, step=step)
     assert len(scores.order) == num_drop
-    for index in scores.order:
-        assert scores.values[index] <= max(scores.values)
-    assert scores.values[scores.order[-1]] == pytest.approx(1 - cosine_by_hand(set(scores.order)), abs=1e-5)
+    kept = set(range(LAYERS)) - set(scores.order)
+    assert {scores.values[index] for index in kept} == {max(scores.values)}
+    assert scores.values[scores.order[-1]] == pytest.approx(1 - cosine_by_hand(set(scores.order), family), abs=1e-5)
 
 
 def test_a_threshold_that_nothing_meets_and_one_that_all_meet_choose_otherwise():
     strict, easy = (scored(3, laco={"threshold": threshold, "step": 0.01}).order for threshold in (0.99, -1.0))
-    assert easy == (5, 6, 7), "the first that is tried: the topmost"
+    assert easy == (7, 6, 5), "the first that is tried: the topmost"
     assert cosine_by_hand(set(strict)) > cosine_by_hand(set(easy))
+
+
+def test_as_many_sequences_are_compared_as_asked_for():
+    one = scored(3, blocks=TEXT[:1])
+    assert scored(3, blocks=TEXT[:1].repeat(4, 1), laco={"blocks": 1}) == one
+    assert scored(3, blocks=TEXT).values != one.values
+    assert scored(3, blocks=TEXT, prune__score_blocks=1) == scored(3, blocks=TEXT)
+
+
+def test_a_merge_that_gives_no_number_is_as_unlike_as_can_be():
+    """Norms that add up to infinity, times weights of zero; the dense model is sound."""
+    model = tiny_model(num_layers=4, std=0.1)
+    for index, layer in enumerate(model.model.layers):
+        layer.post_attention_layernorm.weight.data.fill_(5e37 if index else -5e37)
+        for weight in layer.mlp.parameters():
+            weight.data.zero_()
+    assert logits(model, TEXT).isfinite().all()
+    made = bench(model, TEXT, job(laco={"max_layers": 4}))
+    with made.engine.mounted(model) as made.model:
+        scores = laco(made, 3)
+    assert scores.order == (3, 2, 1)
+    assert scores.values == (2.0,) * 4, "1 - cosine, the cosine at its worst"
 
 
 def test_the_search_is_the_same_under_zero_3():

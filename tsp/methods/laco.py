@@ -13,6 +13,7 @@ Departs from the paper:
 - All weights of a layer are merged, as the paper has it; the authors' code leaves the norms alone.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,9 +72,9 @@ def merged(bench: Bench, doomed: Collection[int]) -> Iterator[None]:
 def laco(bench: Bench, num_drop: int) -> Scores:
     """Algorithm 1 of the paper, with the threshold lowered until `num_drop` layers are merged away.
 
-    Costs a pass over the text for each merge that is tried, and one for the dense model, whose last hidden states are
-    kept in host memory: on a rank, its sequences x T x D. The value of a layer is 1 - cosine when it was merged; of a
-    kept one, the worst that was seen.
+    Costs a pass over `laco.blocks` sequences for each merge that is tried, and one for the dense model, whose last
+    hidden states are kept in host memory: on a rank, its sequences x T x D. The order is that of the merges, in each
+    from the top. The value of a layer is 1 - cosine when it was merged; of a kept one, the worst that was seen.
 
     Raises:
         ConfigError: protected layers, or layers of different structure, leave no room.
@@ -92,7 +93,7 @@ def laco(bench: Bench, num_drop: int) -> Scores:
     while len(order) < num_drop:
         before = len(order)
         for run in _collapsed(bench, num_drop, threshold, similarity, order):
-            order += run
+            order += reversed(run)
             values |= dict.fromkeys(run, 1 - tried[frozenset(order)])
         # No cosine is below -1: there was nothing to try.
         if len(order) == before and threshold < -1:
@@ -163,7 +164,7 @@ def _merge(bench: Bench, doomed: Collection[int]) -> list[nn.Parameter]:
 def _similarity(bench: Bench) -> Similarity:
     assert bench.model is not None
     model, dense = bench.model, list[Tensor]()
-    blocks = evenly_spread(bench.blocks_NT, bench.config.prune.score_blocks)
+    blocks = evenly_spread(bench.blocks_NT, bench.config.laco.blocks)
     sharing = bench.engine.sharing(bench.config.eval.batch_size)
 
     def last_state(tokens_BT: Tensor) -> Tensor:
@@ -192,6 +193,8 @@ def _similarity(bench: Bench) -> Similarity:
             return F.cosine_similarity(state_BTD.float(), dense_BTD.float(), dim=-1).mean(dim=1, keepdim=True)
 
         with merged(bench, doomed):
-            return float(per_window(compare, blocks, **sharing, name=None).mean())
+            cosine = float(per_window(compare, blocks, **sharing, name=None).mean())
+        # Weights that add up to more than the dtype holds give no number: as unlike as can be.
+        return cosine if math.isfinite(cosine) else -1.0
 
     return similarity
