@@ -10,10 +10,11 @@ MARKERS ?= not slow and not browser
 # More options for pytest: `make test PYTEST="-x -k gates"`.
 PYTEST ?=
 
-.PHONY: help prune test check lint unit bench demo-model install
+.PHONY: help prune sweep test check lint unit bench demo-model install
 
 help:
 	@echo "make prune       install, then prune the embedded demo model"
+	@echo "make sweep       install, then compare methods on the demo model: tables, and build/comparison.html"
 	@echo "make test        install, then run the tests"
 	@echo "make check       install, then format, lint, types and unit tests"
 	@echo "make bench       install, then measure into benchmarks/results.json"
@@ -21,6 +22,11 @@ help:
 
 prune: $(INSTALLED)
 	PATH="$(BIN):$$PATH" deepspeed launchers/prune.py --ds ds_configs/zero3.json
+
+sweep: $(INSTALLED)
+	PATH="$(BIN):$$PATH" deepspeed launchers/prune.py --ds ds_configs/zero3.json --config experiments/demo.yaml
+	mkdir -p build
+	PATH="$(BIN):$$PATH" tsp compare demo-sweep --report build/comparison.html
 
 test: $(INSTALLED)
 	PATH="$(BIN):$$PATH" pytest -m "$(MARKERS)" $(PYTEST)

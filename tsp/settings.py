@@ -180,7 +180,7 @@ class LacoConfig(Section):
 
 
 class ReplaceMeConfig(Section):
-    ridge: float = Field(1e-3, ge=0)
+    ridge: float = Field(1.0, ge=0)
     """Pull of the folded map towards the identity, as a share of the mean square of what it is applied to."""
 
 
