@@ -63,12 +63,12 @@ class Job:
     def hash(self) -> str:
         """16 hex digits that two jobs share if they do the same: settings, model files and texts, but not the names."""
         settings = self.config.model_dump(mode="json", exclude={"tracking"})
-        weights = sorted(
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in self.source.folder.glob("*.safetensors")
-        )
+        given = [path for path in self.source.folder.iterdir() if path.is_file()]
+        if self.config.eval.slices:
+            given.append(Path(self.config.eval.slices))
+        files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in given)
         corpora = [corpus.fingerprint for corpus in (self.calibration, *self.evals)]
-        return hashlib.sha256(json.dumps([settings, weights, corpora]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([settings, files, corpora]).encode()).hexdigest()[:16]
 
 
 class Preparation:

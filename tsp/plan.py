@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 from tsp.config import JobConfig, number_to_drop
 from tsp.data import Corpus
+from tsp.methods import TRANSFERS
 from tsp.source import Source
 
 
@@ -40,7 +41,7 @@ def make_plan(
     num_drop = number_to_drop(config.prune, source.num_layers)
     rounds = num_drop if config.stage1.schedule == "greedy" else 1
     stage1_steps = 0 if config.prune.drop is not None else rounds * config.stage1.steps
-    stage2_steps = config.stage2.steps if config.transfer in ("stage2", "finetune", "distill") else 0
+    stage2_steps = config.stage2.steps if TRANSFERS[config.transfer].trains else 0
     tokens_per_step = config.train.batch_size * calibration.blocks.shape[1]
     shards = world_size if zero_stage == 3 else 1
     return Plan(

@@ -94,8 +94,14 @@ def run_sweep(jobs: Sequence[Job], root: Path) -> tuple[list[Child], dict[str, s
     engine = Engine.start(jobs[0].config, jobs[0].sharding)
     finished, failed = engine.on_first(lambda: _earlier(jobs, root))
     left = sorted((job for job in jobs if job.hash not in finished), key=lambda job: job.hash in failed)
-    tracker: Tracker | NullTracker = _open_parent(jobs, root) if engine.is_first else NullTracker()
-    parent = engine.from_first(tracker.run_id)
+    tracker: Tracker | NullTracker = NullTracker()
+
+    def open_parent() -> str:
+        nonlocal tracker
+        tracker = _open_parent(jobs, root)
+        return tracker.run_id
+
+    parent = engine.on_first(open_parent)
     children = {job.hash: Child(job.varied, "SKIPPED", finished[job.hash]) for job in jobs if job.hash in finished}
     try:
         shared = Shared()
@@ -105,12 +111,12 @@ def run_sweep(jobs: Sequence[Job], root: Path) -> tuple[list[Child], dict[str, s
                 shared = Shared()
             shared.more_to_come = number < len(left) and left[number].config.model == job.config.model
             children[job.hash], shared = _attempt(job, root, shared, parent)
+        if isinstance(tracker, Tracker):
+            _compare(tracker, root)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         tracker.finish("KILLED" if killed else "FAILED", reason=f"{type(error).__name__}: {error}"[:500])
         raise
-    if engine.is_first and isinstance(tracker, Tracker):
-        _compare(tracker, root)
     ended = [children[job.hash] for job in jobs]
     num_failed = sum(child.status == "FAILED" for child in ended)
     tracker.finish(*(("FAILED", f"{num_failed} of {len(jobs)} jobs failed") if num_failed else ("FINISHED",)))

@@ -62,12 +62,27 @@ def test_another_model_in_the_same_folder_is_another_job(given, tmp_path):
     assert made(given | {"model__path": str(folder)}).hash != before
 
 
+def test_other_slices_in_the_same_file_are_another_job(given, tmp_path):
+    slices, hashes = tmp_path / "slices.yaml", set()
+    for pattern in ("w5", "w6 w6"):
+        slices.write_text(f"some: {{regex: {pattern}}}\n")
+        hashes.add(made(given, eval__slices=str(slices)).hash)
+    assert len(hashes) == 2
+
+
 def test_what_an_order_depends_on(given):
     def key(**settings):
         return order_key(made(given, **settings))
 
     sleb = {"prune__method": "sleb"}
-    same = [{"seed": 1}, {"prune__ratio": 0.4}, {"transfer": "none"}, {"stage2__lr": 1.0}, {"prune__swap_rounds": 1}]
+    same = [
+        {"seed": 1},
+        {"prune__ratio": 0.4},
+        {"transfer": "none"},
+        {"stage2__lr": 1.0},
+        {"prune__swap_rounds": 1},
+        {"replaceme__ridge": 2.0},
+    ]
     assert {key(**sleb, **settings) for settings in same} == {key(**sleb)}
     others = [{"prune__score_blocks": 7}, {"prune__protect_first": 1}, {"data__max_blocks": 16}]
     assert len({key(**sleb, **settings) for settings in others} | {key(**sleb)}) == 4

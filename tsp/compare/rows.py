@@ -13,6 +13,7 @@ from typing import Any
 from tsp.compare.measures import Stat, over_seeds
 from tsp.config import JobConfig, flatten
 from tsp.errors import ConfigError
+from tsp.methods import TRANSFERS
 from tsp.tracking.results import FinishedJob
 
 DEFAULTS = flatten(JobConfig().model_dump(mode="json"))
@@ -29,7 +30,6 @@ _NAMES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 # What two repetitions may differ in: names, what is measured and how fast, and what a table or a group has in common.
 _OF_THE_FRAME = ("tracking.", "eval.", "model.path", "model.dtype", "model.revision", "budget_s", "save", "seed")
-_UNTRAINED = ("none", "merge", "replaceme")
 # The layers that went are counted; the ratio is only one way to ask for them.
 _ASKED_FOR = ("prune.ratio", "prune.num_drop")
 
@@ -166,7 +166,7 @@ def _variant(job: FinishedJob) -> dict[str, Any]:
         for key, value in settings_of(job).items()
         if not key.startswith(_OF_THE_FRAME) and key not in _ASKED_FOR
     }
-    if job.result["transfer"] in _UNTRAINED:
+    if not TRANSFERS[job.result["transfer"]].trains:
         # Settings without effect.
         settings = {key: value for key, value in settings.items() if not key.startswith("stage2.")}
     elif settings_of(job)["budget_s"] is not None:
