@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 # Set by `deepspeed` and torchrun for the ranks; a process that has them takes itself for one.
-_LAUNCHER_VARIABLES = {
+LAUNCHER_VARIABLES = {
     "RANK",
     "LOCAL_RANK",
     "WORLD_SIZE",
@@ -22,5 +22,5 @@ def run_fresh(module: str, *words: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", module, *words],
         capture_output=True,
         text=True,
-        env={key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES},
+        env={key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES},
     )

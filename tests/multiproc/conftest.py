@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.models import REPOSITORY, free_port
+from tsp.fresh import LAUNCHER_VARIABLES
 
 
 def start(
     script: Path, *arguments: object, num_ranks: int, cwd: Path, timeout_s: float = 400
 ) -> subprocess.CompletedProcess:
     """`deepspeed --num_accelerators N SCRIPT ...`, as a user would."""
-    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MLFLOW_RUN_ID")
+    dropped = LAUNCHER_VARIABLES | {"MLFLOW_RUN_ID"}
     environment = {key: value for key, value in os.environ.items() if key not in dropped}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")])
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])

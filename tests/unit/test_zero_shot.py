@@ -14,6 +14,7 @@ from tests.models import VOCABULARY, model_folder, sample, tiny_model, tiny_toke
 from tsp.config import EvalConfig
 from tsp.errors import ConfigError, DataError
 from tsp.evaluation.zero_shot import open_tasks, task_metrics
+from tsp.fresh import LAUNCHER_VARIABLES
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra `eval`")
 
@@ -83,7 +84,8 @@ def their_command(model, tasks, folder, output, limit, positions):
     words = ["--model", "hf", "--model_args", f"pretrained={model},dtype=float32,max_length={positions}"]
     words += ["--tasks", ",".join(tasks), "--include_path", folder, "--output_path", output, "--log_samples"]
     words += ["--device", "cpu", "--batch_size", "4", *(["--limit", str(limit)] if limit else [])]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", *map(str, words)],
         env=environment,
