@@ -166,7 +166,7 @@ def _check_slices(config: JobConfig, slices: Sequence[Slice], evals: Sequence[Co
     if empty:
         raise DataError(
             f"--slices {config.eval.slices}: {', '.join(empty)} match nothing in the windows of "
-            f"{', '.join(corpus.name for corpus in evals)}"
+            f"{', '.join(corpus.name for corpus in evals)}; mend the file or measure more windows (eval.max_blocks)"
         )
 
 

@@ -68,6 +68,11 @@ def combinations(axes: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
         yield dict(zip(axes, values, strict=True))
 
 
+def in_words(choice: Mapping[str, Any]) -> str:
+    """A choice as a person reads it: `prune.method sleb, seed 0`."""
+    return ", ".join(f"{key} {value}" for key, value in choice.items())
+
+
 def layers_of(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A choice as layers of a config."""
     return [nest(key, value) for key, value in choice.items()]

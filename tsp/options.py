@@ -135,7 +135,7 @@ def configs_from_options(options: Mapping[str, Any]) -> "list[tuple[dict[str, An
         ConfigError: unknown keys, values out of range, options that exclude each other.
     """
     # pydantic would take half of the time in which `tsp --help` answers.
-    from tsp.grid import choices, grids_of, layers_of
+    from tsp.grid import choices, grids_of, in_words, layers_of
     from tsp.yaml12 import read_yaml
 
     _refuse_contradictions(options)
@@ -144,8 +144,12 @@ def configs_from_options(options: Mapping[str, Any]) -> "list[tuple[dict[str, An
     for grid in grids:
         stated = [file, grid, *_given(options)]
         for choice in choices(grid, stated):
+            try:
+                config = _config([*stated, *layers_of(choice)], sweep=bool(choice))
+            except ConfigError as error:
+                raise ConfigError(f"{error} (in the job {in_words(choice)})" if choice else str(error)) from None
             # Two places of the grids may be the same job: without layers to drop there is but one ratio.
-            jobs.setdefault(_config([*stated, *layers_of(choice)], sweep=bool(choice)), choice)
+            jobs.setdefault(config, choice)
     return [(choice, config) for config, choice in jobs.items()]
 
 

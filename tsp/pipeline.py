@@ -27,7 +27,7 @@ from tsp.methods import transfer_check, transfer_verb
 from tsp.methods.base import Bench
 from tsp.outcome import Outcome, open_run, publish
 from tsp.progress import logging_to
-from tsp.records import DropReport, Evaluation
+from tsp.records import DropReport, Evaluation, Scores, Selection
 from tsp.shared import Shared, Stopwatch
 from tsp.source import Source, check_drop, open_source
 from tsp.tracking.null import NullTracker
@@ -104,48 +104,20 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
         protected=job.protected,
         read_by_others=job.source.read_by_others,
     )
-    exam_key = ("exam", job.config.eval.model_dump_json(), tuple(corpus.fingerprint for corpus in job.evals))
-    exam = shared.once(exam_key, watch, "evaluate", lambda: _exam(job, engine))
-
-    def evaluated(state: str, dropped: tuple[int, ...] = ()) -> Evaluation:
-        key = (*exam_key, state, dropped)
-        return shared.once(key, watch, "evaluate", lambda: evaluate_state(exam, model, state))
-
-    with engine.mounted(decoder.model) as model:
-        bench.model = model
-        check_transfer = transfer_check(job.config.transfer)
-        check_transfer(bench, job.config.prune.drop)
-        dense = evaluated("dense")
-        scores, chosen = choose(bench, job, shared, watch)
-        doomed = chosen.doomed
-        check_drop(job.source, doomed)
-        check_transfer(bench, doomed)
-        with decoder.bypassing(doomed):
-            bare_drop = evaluated("bare_drop", doomed)
-        bench.model = None
+    exam = shared.once(("exam", *_exam_key(job)), watch, "evaluate", lambda: _exam(job, engine))
+    scores, chosen, states = _choose(job, bench, exam, shared, watch)
     transfer = transfer_verb(job.config.transfer)
     with engine.restored(decoder.model) if shared.more_to_come and transfer else nullcontext():
         if transfer is not None:
             bench.seconds_left = job.config.budget_s and job.config.budget_s - watch.seconds["select"]
             with watch("transfer"):
-                transfer(bench, doomed, save_dtype=job.source.dtype)
-        probe = job.evals[0].blocks[:2, :_PROBE_TOKENS]
-        tuning_loss = None
-        with engine.mounted(decoder.model) as bench.model, decoder.bypassing(doomed):
-            with watch("evaluate"):
-                pruned = evaluate_state(exam, bench.model, "pruned") if transfer else bare_drop
-                if job.tuning is not None:
-                    tuning_loss = bench.loss_without(doomed, job.tuning, "tuning text")
-            with torch.no_grad():
-                logits = bench.model(probe.to(engine.device))
-        report = None
-        if job.config.save and doomed:
-            with watch("save"):
-                report = _save(job, engine, decoder, output / "model", doomed, probe, logits)
+                transfer(bench, chosen.doomed, save_dtype=job.source.dtype)
+        known = None if transfer else states["bare_drop"]
+        states["pruned"], tuning_loss, report = _drop(job, bench, exam, chosen.doomed, known, output / "model", watch)
     outcome = Outcome(
         scores=scores,
         selection=chosen,
-        states={"dense": dense, "bare_drop": bare_drop, "pruned": pruned},
+        states=states,
         drop=report,
         dtype=str(engine.dtype).removeprefix("torch."),
         peak_memory_gib=engine.peak_memory_gib(),
@@ -164,6 +136,60 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
     return engine.on_first(told)
 
 
+def _choose(
+    job: Job, bench: Bench, exam: Exam, shared: Shared, watch: Stopwatch
+) -> tuple[Scores, Selection, dict[str, Evaluation]]:
+    """Choose the doomed layers, and measure the model with and, nothing else done yet, without them."""
+
+    def evaluated(state: str, dropped: tuple[int, ...] = ()) -> Evaluation:
+        key = (*_exam_key(job), state, dropped)
+        assert bench.model is not None
+        model = bench.model
+        return shared.once(key, watch, "evaluate", lambda: evaluate_state(exam, model, state))
+
+    check_transfer = transfer_check(job.config.transfer)
+    with bench.engine.mounted(bench.decoder.model) as bench.model:
+        check_transfer(bench, job.config.prune.drop)
+        dense = evaluated("dense")
+        scores, chosen = choose(bench, job, shared, watch)
+        check_drop(job.source, chosen.doomed)
+        check_transfer(bench, chosen.doomed)
+        with bench.decoder.bypassing(chosen.doomed):
+            bare_drop = evaluated("bare_drop", chosen.doomed)
+    bench.model = None
+    return scores, chosen, {"dense": dense, "bare_drop": bare_drop}
+
+
+def _drop(
+    job: Job,
+    bench: Bench,
+    exam: Exam,
+    doomed: tuple[int, ...],
+    known: Evaluation | None,
+    checkpoint: Path,
+    watch: Stopwatch,
+) -> tuple[Evaluation, float | None, DropReport | None]:
+    """Measure the model without the doomed layers, and save it if asked to.
+
+    Where the weights are those of an evaluation made before, that one is `known`. Returned are the evaluation, the loss
+    on tuning text if some is set aside, and what was proved of the checkpoint.
+    """
+    engine, decoder = bench.engine, bench.decoder
+    probe = job.evals[0].blocks[:2, :_PROBE_TOKENS]
+    tuning_loss = report = None
+    with engine.mounted(decoder.model) as bench.model, decoder.bypassing(doomed):
+        with watch("evaluate"):
+            pruned = known or evaluate_state(exam, bench.model, "pruned")
+            if job.tuning is not None:
+                tuning_loss = bench.loss_without(doomed, job.tuning, "tuning text")
+        with torch.no_grad():
+            logits = bench.model(probe.to(engine.device))
+    if job.config.save and doomed:
+        with watch("save"):
+            report = _save(job, engine, decoder, checkpoint, doomed, probe, logits)
+    return pruned, tuning_loss, report
+
+
 def _load(job: Job, engine: Engine) -> Decoder:
     started, source = time.perf_counter(), job.source
     decoder = load(source, engine.dtype, engine.loading())
@@ -172,6 +198,10 @@ def _load(job: Job, engine: Engine) -> Decoder:
     if source.text_only and engine.is_first:
         log.warning("%s holds more than a language model; the checkpoint will be the language model alone", source.name)
     return decoder
+
+
+def _exam_key(job: Job) -> tuple[str, ...]:
+    return (job.config.eval.model_dump_json(), *(corpus.fingerprint for corpus in job.evals))
 
 
 def _exam(job: Job, engine: Engine) -> Exam:

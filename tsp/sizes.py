@@ -1,6 +1,7 @@
 """What a model costs to hold: GiB of weights, and bytes of key-value cache per token; measured on a fake model."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,8 +27,11 @@ def cache_bytes_per_token(source: Source, dropped: Sequence[int] = ()) -> float 
     with a cache on 8 and on 16 tokens, and the sizes of all tensors in the two caches are compared. A layer whose state
     does not grow (a state space, linear attention, a full window) adds nothing. None: the model runs uncached only.
     """
-    if not source.runs_cached:
-        return None
+    return _growth(source, tuple(dropped)) if source.runs_cached else None
+
+
+@cache  # A second of work, and the jobs of a sweep ask for the same again.
+def _growth(source: Source, dropped: tuple[int, ...]) -> float:
     config = mended_config(source.config, kept_layers(source.num_layers, dropped)) if dropped else source.config
     with FakeTensorMode(), torch.no_grad():
         skeleton = build_skeleton(config, trust=source.trust_remote_code).eval()

@@ -28,9 +28,9 @@ from tsp.surgery import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
-    """A checked model folder, before its weights are read."""
+    """A checked model folder, before its weights are read; equal only to itself."""
 
     folder: Path
     name: str

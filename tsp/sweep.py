@@ -19,6 +19,7 @@ from tsp.compare.outputs import log_comparison
 from tsp.config import JobConfig
 from tsp.engine import Engine
 from tsp.errors import ConfigError, TspError
+from tsp.grid import in_words
 from tsp.job import Job, Preparation
 from tsp.outcome import JOB_HASH
 from tsp.pipeline import run_job
@@ -72,7 +73,7 @@ def prepare_sweep(
                 require_new(folder)
             jobs.append(preparation.job(config, folder, varied))
         except TspError as error:
-            raise type(error)(f"{error} (in the job {_in_words(varied)})") from None
+            raise type(error)(f"{error} (in the job {in_words(varied)})") from None
     if len({job.config.tracking.experiment for job in jobs}) > 1:
         raise ConfigError("tracking.experiment must be the same for all jobs of a sweep; it cannot be varied")
     # One model after the other.
@@ -106,7 +107,7 @@ def run_sweep(jobs: Sequence[Job], root: Path) -> tuple[list[Child], dict[str, s
     try:
         shared = Shared()
         for number, job in enumerate(left, start=1):
-            log.warning("job %d of %d: %s", number, len(left), _in_words(job.varied)) if engine.is_first else None
+            log.warning("job %d of %d: %s", number, len(left), in_words(job.varied)) if engine.is_first else None
             if number > 1 and job.config.model != left[number - 2].config.model:
                 shared = Shared()
             shared.more_to_come = number < len(left) and left[number].config.model == job.config.model
@@ -145,7 +146,7 @@ def _attempt(job: Job, root: Path, shared: Shared, parent: str) -> tuple[Child, 
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         if engine.is_first:
-            log.warning("job failed, going on: %s: %s", _in_words(job.varied), reason)
+            log.warning("job failed, going on: %s: %s", in_words(job.varied), reason)
         return Child(job.varied, "FAILED", None, reason), Shared()
     return Child(job.varied, "FINISHED", result["run_id"]), shared
 
@@ -186,10 +187,6 @@ def _open_parent(jobs: Sequence[Job], root: Path) -> Tracker:
 def _is_ours(folder: Path) -> bool:
     """Left by a job of this sweep that did not finish."""
     return (folder / "job.log").is_file() and not (folder / "result.json").exists() and not (folder / "model").exists()
-
-
-def _in_words(varied: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in varied.items())
 
 
 def _folder_name(varied: dict[str, Any]) -> str:

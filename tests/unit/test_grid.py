@@ -115,3 +115,8 @@ def test_a_sweep_that_is_no_list_of_grids_is_refused(tmp_path):
 def test_what_is_wrong_with_a_sweep_is_said(words, reason):
     with pytest.raises(ConfigError, match=reason.replace("?", r"\?")):
         jobs(*words)
+
+
+def test_a_job_of_a_sweep_that_makes_no_sense_is_named():
+    with pytest.raises(ConfigError, match=r"\(in the job prune.method laco, transfer stage2\)"):
+        jobs("--method", "sleb,laco", "--set", "transfer=[stage2, none]")

@@ -172,7 +172,7 @@ def test_slices_that_match_nothing_are_named(tokenizer, tmp_path):
     found, gone, lost = {"file": "b.txt"}, {"file": "c.txt"}, {"regex": "zebra"}
     slices = slices_file(tmp_path / "s.yaml", found=found, gone=gone, lost=lost, first={"field": {"text": "x"}})
     message = refused(tokenizer, slices, tmp_path / "a.txt", tmp_path / "b.txt")
-    assert message.endswith("gone, lost, first match nothing in the windows of a, b")
+    assert "gone, lost, first match nothing in the windows of a, b; mend the file" in message
 
 
 def test_a_slice_of_one_corpus_is_left_out_of_the_others(tokenizer, tmp_path):
