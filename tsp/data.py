@@ -6,7 +6,8 @@ which slice (see `slices.py`); slices change no token.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from tsp.config import JobConfig
 from tsp.documents import SUFFIXES, documents
 from tsp.errors import DataError
 from tsp.slices import Document, Slice, read_slices, token_marks
+
+# Of ten parts of the text: which is evaluated on, and which settings are compared on.
+_HELD_OUT, _TUNING = 0, 1
 
 
 @dataclass(frozen=True)
@@ -53,23 +57,46 @@ class _Text:
         return _Text(source=self.source, ids=self.ids[start:stop], marks=self.marks[start:stop])
 
 
-def load_corpora(config: JobConfig, tokenizer: Any, max_positions: int) -> tuple[Corpus, list[Corpus]]:
-    """The calibration corpus and those to evaluate on, none of whose text is calibrated on unless it is asked for.
+@dataclass(frozen=True, kw_only=True)
+class Corpora:
+    """All text of a job; no document (of a single one: no passage) stands in two of them unless that is asked for."""
+
+    calibration: Corpus
+    tuning: Corpus | None
+    evals: list[Corpus]
+
+
+def load_corpora(config: JobConfig, tokenizer: Any, max_positions: int) -> Corpora:
+    """The text to calibrate on, to compare settings on where `data.tuning_blocks` asks for it, and to evaluate on.
+
+    A tenth of the calibration documents is held out without `eval.sources`, another tenth for tuning.
 
     Raises:
         DataError: a source that is missing, unreadable, empty, or shorter than one block; slices that match nothing.
     """
-    source = config.data.source
-    block_tokens = _block_tokens("data", config.data.block_tokens, max_positions)
-    if config.eval.sources:
-        calibration, evals = _tokenize(source, tokenizer, "train"), load_evaluation(config, tokenizer, max_positions)
+    data, evaluation = config.data, config.eval
+    block_tokens = _block_tokens("data", data.block_tokens, max_positions)
+    if evaluation.sources:
+        evals = load_evaluation(config, tokenizer, max_positions)
+        tenths = _tenths(data.source, tokenizer)
+        used: set[int] = set()
     else:
-        slices = read_slices(config.eval.slices)
-        calibration, held_out = _split(source, tokenizer, slices)
-        window = _block_tokens("eval", config.eval.block_tokens, max_positions)
-        evals = [_corpus(held_out, window, config.eval.max_blocks, slices)]
+        slices = read_slices(evaluation.slices)
+        tenths = _tenths(data.source, tokenizer, slices)
+        # `stdlib` has sides of its own.
+        own_side = data.source == "stdlib"
+        held_out = _tokenize(data.source, tokenizer, slices) if own_side else _joined(data.source, tenths, {_HELD_OUT})
+        window = _block_tokens("eval", evaluation.block_tokens, max_positions)
+        evals = [_corpus(held_out, window, evaluation.max_blocks, slices)]
         _check_slices(config, slices, evals)
-    return _corpus(calibration, block_tokens, config.data.max_blocks), evals
+        used = set() if own_side else {_HELD_OUT}
+    tuning = None
+    if data.tuning_blocks:
+        used.add(_TUNING)
+        text = _joined(f"{data.source} (the tenth for data.tuning_blocks)", tenths, {_TUNING})
+        tuning = _corpus(text, block_tokens, data.tuning_blocks)
+    calibration = _joined(data.source, tenths, set(range(10)) - used)
+    return Corpora(calibration=_corpus(calibration, block_tokens, data.max_blocks), tuning=tuning, evals=evals)
 
 
 def load_evaluation(config: JobConfig, tokenizer: Any, max_positions: int) -> list[Corpus]:
@@ -84,7 +111,7 @@ def load_evaluation(config: JobConfig, tokenizer: Any, max_positions: int) -> li
         raise DataError(f"corpora must differ in name (file stem or last part of the id), got {', '.join(names)}")
     slices = read_slices(config.eval.slices)
     evals = [
-        _corpus(_tokenize(source, tokenizer, "test", slices), window, config.eval.max_blocks, slices)
+        _corpus(_tokenize(source, tokenizer, slices), window, config.eval.max_blocks, slices)
         for source in config.eval.sources
     ]
     _check_slices(config, slices, evals)
@@ -105,24 +132,33 @@ def corpus_name(source: str) -> str:
     return path.name.partition(":")[0] if not path.is_dir() else path.resolve().name
 
 
-def _split(source: str, tokenizer: Any, slices: Sequence[Slice]) -> tuple[_Text, _Text]:
-    """Hold out 10 %: documents by hash, a single one by position; `stdlib` has sides of its own."""
-    if source == "stdlib":
-        return _tokenize(source, tokenizer, "train"), _tokenize(source, tokenizer, "test", slices)
+def _tenths(source: str, tokenizer: Any, slices: Sequence[Slice] = ()) -> list[tuple[int, _Text]]:
+    """The text to calibrate on, in order, each part with the tenth 0 to 9 it belongs to.
+
+    Documents are shared out by their hash, so that one stays where it is when others come or go; a single one is cut by
+    position, from the end.
+    """
     found = list(documents(source, tokenizer, "train"))
     if len(found) == 1:
         text = _text(source, found, tokenizer, slices)
-        border = len(text.ids) - len(text.ids) // 10
-        return text.part(0, border), text.part(border, len(text.ids))
-    held_out = [hashlib.sha256(document.text.encode()).digest()[0] % 10 == 0 for document in found]
-    return (
-        _text(source, (document for document, out in zip(found, held_out, strict=True) if not out), tokenizer),
-        _text(source, (document for document, out in zip(found, held_out, strict=True) if out), tokenizer, slices),
-    )
+        length, tenth = len(text.ids), len(text.ids) // 10
+        borders = [0, *(length - tenth * number for number in range(9, -1, -1))]
+        return [(9 - place, text.part(*ends)) for place, ends in enumerate(itertools.pairwise(borders))]
+    return [
+        (hashlib.sha256(document.text.encode()).digest()[0] % 10, _text(source, [document], tokenizer, slices))
+        for document in found
+    ]
 
 
-def _tokenize(source: str, tokenizer: Any, split: str, slices: Sequence[Slice] = ()) -> _Text:
-    return _text(source, documents(source, tokenizer, split), tokenizer, slices)
+def _joined(source: str, tenths: Iterable[tuple[int, _Text]], wanted: Collection[int]) -> _Text:
+    texts = [text for tenth, text in tenths if tenth in wanted]
+    ids = [token for text in texts for token in text.ids]
+    return _Text(source=source, ids=ids, marks=[mark for text in texts for mark in text.marks])
+
+
+def _tokenize(source: str, tokenizer: Any, slices: Sequence[Slice]) -> _Text:
+    """Of the side to evaluate on."""
+    return _text(source, documents(source, tokenizer, "test"), tokenizer, slices)
 
 
 def _text(source: str, found: Iterable[Document], tokenizer: Any, slices: Sequence[Slice] = ()) -> _Text:

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tsp import selection
 from tsp.checkpoint import require_new
 from tsp.config import JobConfig, number_to_drop
-from tsp.data import Corpus, load_corpora
-from tsp.errors import ConfigError
+from tsp.data import Corpora, Corpus, load_corpora
 from tsp.evaluation.generation_speed import check_fits
 from tsp.evaluation.zero_shot import Tasks, open_tasks
 from tsp.machine import weights_dtype
@@ -38,8 +36,8 @@ class Job:
     sharding: dict[str, Any]
     source: Source
     calibration: Corpus
-    tuning: Tensor | None
-    """Tokens `[N, T]` int64 on which settings are compared."""
+    tuning: Corpus | None
+    """On which settings are compared."""
     evals: list[Corpus]
     tasks: Tasks | None
     plan: Plan
@@ -86,7 +84,7 @@ class Preparation:
         self._root = root
         self._world_size = world_size
         self._sources: dict[str, Source] = {}
-        self._texts: dict[str, tuple[Corpus, list[Corpus], Tasks | None]] = {}
+        self._texts: dict[str, tuple[Corpora, Tasks | None]] = {}
         self._droppable: set[tuple[str, tuple[int, ...]]] = set()
 
     def job(self, config: JobConfig, output: Path | None, varied: dict[str, Any] | None = None) -> Job:
@@ -106,13 +104,12 @@ class Preparation:
         hidden_size = source.config.get_text_config(decoder=True).hidden_size
         sharding = resolve(self._content, config, world_size=self._world_size, hidden_size=hidden_size, dtype=dtype)
         check_fits(config.eval, source.max_positions)
-        corpus, evals, tasks = self._open_texts(config, source)
-        calibration, tuning = _set_aside(corpus, config.data.tuning_blocks)
+        corpora, tasks = self._open_texts(config, source)
         plan = make_plan(
             config,
             source,
-            calibration,
-            evals,
+            corpora.calibration,
+            corpora.evals,
             world_size=self._world_size,
             zero_stage=sharding["zero_optimization"]["stage"],
             bytes_per_weight=dtype.itemsize,
@@ -121,9 +118,9 @@ class Preparation:
             config=config,
             sharding=sharding,
             source=source,
-            calibration=calibration,
-            tuning=tuning,
-            evals=evals,
+            calibration=corpora.calibration,
+            tuning=corpora.tuning,
+            evals=corpora.evals,
             tasks=tasks,
             plan=plan,
             output=output,
@@ -138,15 +135,12 @@ class Preparation:
             self._sources[key] = open_source(located(config.model, self._root))
         return self._sources[key]
 
-    def _open_texts(self, config: JobConfig, source: Source) -> tuple[Corpus, list[Corpus], Tasks | None]:
+    def _open_texts(self, config: JobConfig, source: Source) -> tuple[Corpora, Tasks | None]:
         key = json.dumps(config.model_dump(mode="json", include={"model", "data", "eval"}))
         if key not in self._texts:
-            data, tokenizer = config.data, load_tokenizer(source)
-            if data.max_blocks is not None:
-                data = data.model_copy(update={"max_blocks": data.max_blocks + data.tuning_blocks})
-            wanted = config.model_copy(update={"data": data})
-            corpora = load_corpora(wanted, tokenizer, source.max_positions)
-            self._texts[key] = (*corpora, open_tasks(config.eval, tokenizer, source.max_positions))
+            tokenizer = load_tokenizer(source)
+            corpora = load_corpora(config, tokenizer, source.max_positions)
+            self._texts[key] = (corpora, open_tasks(config.eval, tokenizer, source.max_positions))
         return self._texts[key]
 
     def _check_layers(self, config: JobConfig, source: Source) -> None:
@@ -178,15 +172,3 @@ def prepare(config: JobConfig, ds_path: Path, output: Path | None, *, root: Path
 def _protected(config: JobConfig, source: Source) -> frozenset[int]:
     ends = selection.protected_layers(source.num_layers, config.prune.protect_first, config.prune.protect_last)
     return ends | source.read_by_others
-
-
-def _set_aside(corpus: Corpus, num_tuning: int) -> tuple[Corpus, Tensor | None]:
-    """Split off some evenly spread blocks."""
-    num_blocks = len(corpus.blocks)
-    if not num_tuning:
-        return corpus, None
-    if num_tuning >= num_blocks:
-        raise ConfigError(f"data.tuning_blocks must leave something of the {num_blocks} blocks, got {num_tuning}")
-    aside = torch.zeros(num_blocks, dtype=torch.bool)
-    aside[(2 * torch.arange(num_tuning) + 1) * num_blocks // (2 * num_tuning)] = True
-    return Corpus(corpus.name, corpus.source, corpus.blocks[~aside]), corpus.blocks[aside]

@@ -181,7 +181,7 @@ def _drop(
         with watch("evaluate"):
             pruned = known or evaluate_state(exam, bench.model, "pruned")
             if job.tuning is not None:
-                tuning_loss = bench.loss_without(doomed, job.tuning, "tuning text")
+                tuning_loss = bench.loss_without(doomed, job.tuning.blocks, "tuning text")
         with torch.no_grad():
             logits = bench.model(probe.to(engine.device))
     if job.config.save and doomed:

@@ -28,7 +28,7 @@ class DataConfig(Section):
     max_blocks: int | None = Field(128, ge=1)
     """Sequences to take from the corpus, evenly spread; None: all. 128 in the paper."""
     tuning_blocks: int = Field(0, ge=0)
-    """Further sequences, neither trained nor reported on, whose loss after the transfer compares settings."""
+    """Sequences, at most, of documents neither trained nor reported on, whose loss compares settings; 0: none."""
 
 
 class EvalConfig(Section):

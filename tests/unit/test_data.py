@@ -126,9 +126,15 @@ def test_name_of_a_corpus(source, name):
     assert corpus_name(source) == name
 
 
+def both(config, tokenizer, max_positions):
+    corpora = load_corpora(config, tokenizer, max_positions)
+    (held_out,) = corpora.evals
+    return corpora.calibration, held_out
+
+
 def test_single_document_is_split_by_position(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(" ".join(WORDS * 2))
-    calibration, (held_out,) = load_corpora(config_for(tmp_path / "a.txt", block_tokens=2), tokenizer, 64)
+    calibration, held_out = both(config_for(tmp_path / "a.txt", block_tokens=2), tokenizer, 64)
     tokens = ids(" ".join(WORDS * 2))
     assert len(tokens) == 101
     assert calibration.blocks.flatten().tolist() == tokens[:90]
@@ -140,7 +146,7 @@ def test_many_documents_are_split_by_their_own_hash(tokenizer, tmp_path):
 
     def sides(order):
         (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in order))
-        calibration, (held_out,) = load_corpora(config_for(tmp_path / "a.jsonl"), tokenizer, 64)
+        calibration, held_out = both(config_for(tmp_path / "a.jsonl"), tokenizer, 64)
         return [{tuple(row) for row in corpus.blocks.tolist()} for corpus in (calibration, held_out)]
 
     calibration, held_out = sides(texts)
@@ -153,10 +159,40 @@ def test_many_documents_are_split_by_their_own_hash(tokenizer, tmp_path):
     assert fewer_held_out <= held_out
 
 
+def test_tuning_text_is_of_documents_of_its_own(tokenizer, tmp_path):
+    texts = [f"{a} {b} w0" for a in WORDS for b in WORDS[:20]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    plain = load_corpora(config_for(tmp_path / "a.jsonl"), tokenizer, 64)
+    given = config_for(tmp_path / "a.jsonl").model_dump()
+    tuned = load_corpora(load_config([given, {"data": {"tuning_blocks": 1000}}]), tokenizer, 64)
+    sides = [tuned.calibration, tuned.tuning, *tuned.evals]
+    rows = [{tuple(row) for row in corpus.blocks.tolist()} for corpus in sides]
+    assert rows[0] | rows[1] == {tuple(row) for row in plain.calibration.blocks.tolist()}
+    assert sum(map(len, rows)) == len(set.union(*rows)) == len(texts)
+    assert 60 <= len(rows[1]) <= 150
+    assert torch.equal(tuned.evals[0].blocks, plain.evals[0].blocks)
+
+
+def test_tuning_text_of_a_single_document_stands_before_what_is_held_out(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(WORDS * 2))
+    given = config_for(tmp_path / "a.txt", block_tokens=2).model_dump()
+    tuned = load_corpora(load_config([given, {"data": {"tuning_blocks": 4}}]), tokenizer, 64)
+    tokens = ids(" ".join(WORDS * 2))
+    assert tuned.calibration.blocks.flatten().tolist() == tokens[:80]
+    assert tuned.tuning.blocks.flatten().tolist() == [
+        token for start in (81, 83, 85, 87) for token in tokens[start : start + 2]
+    ]
+    (tmp_path / "b.txt").write_text("w0 w1 w2 w3 w4")
+    short = config_for(tmp_path / "b.txt", [tmp_path / "a.txt"], block_tokens=2).model_dump()
+    with pytest.raises(DataError, match=r"the tenth for data.tuning_blocks\) has 0 tokens"):
+        load_corpora(load_config([short, {"data": {"tuning_blocks": 4}}]), tokenizer, 64)
+
+
 def test_with_corpora_to_evaluate_on_nothing_is_held_out(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(" ".join(WORDS[:31]))
     (tmp_path / "b.txt").write_text("w0 w1 w2")
-    calibration, evals = load_corpora(config_for(tmp_path / "a.txt", [tmp_path / "b.txt"]), tokenizer, 64)
+    corpora = load_corpora(config_for(tmp_path / "a.txt", [tmp_path / "b.txt"]), tokenizer, 64)
+    calibration, evals = corpora.calibration, corpora.evals
     assert calibration.blocks.numel() == 32
     assert [corpus.name for corpus in evals] == ["b"]
 
@@ -184,7 +220,7 @@ def test_fewer_blocks_are_spread_evenly():
 def test_max_blocks_is_obeyed_on_both_sides(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(" ".join(WORDS * 4))
     config = load_config([config_for(tmp_path / "a.txt", max_blocks=3).model_dump(), {"eval": {"max_blocks": 2}}])
-    calibration, (held_out,) = load_corpora(config, tokenizer, 64)
+    calibration, held_out = both(config, tokenizer, 64)
     assert (len(calibration.blocks), len(held_out.blocks)) == (3, 2)
 
 
@@ -278,6 +314,6 @@ def test_sides_of_the_standard_library_share_no_module():
 
 
 def test_stdlib_calibrates_and_measures_on_different_modules(tokenizer):
-    calibration, (held_out,) = load_corpora(config_for("stdlib", block_tokens=64), tokenizer, 64)
+    calibration, held_out = both(config_for("stdlib", block_tokens=64), tokenizer, 64)
     assert calibration.name == held_out.name == "stdlib"
     assert calibration.fingerprint != held_out.fingerprint

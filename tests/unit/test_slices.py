@@ -143,7 +143,7 @@ def test_held_out_text_keeps_its_slices(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(WORDS * 2))
     slices = slices_file(tmp_path / "s.yaml", nines={"regex": "9"})
     settings = {"data": {"source": str(tmp_path / "a.txt"), "block_tokens": 2}}
-    _, (corpus,) = load_corpora(load_config([settings, {"eval": {"slices": str(slices)}}]), tokenizer, 5)
+    (corpus,) = load_corpora(load_config([settings, {"eval": {"slices": str(slices)}}]), tokenizer, 5).evals
     assert corpus.blocks.shape == (2, 5)
     assert marked(corpus, "nines") == "w49"
     assert WORDS[corpus.blocks[1, 4] - 2] == "w49"
