@@ -29,6 +29,7 @@ _FIELDS = {
     "experiment": "tracking.experiment",
     "run_name": "tracking.run_name",
     "register": "tracking.register_as",
+    "quantize": "quantize",
     "seed": "seed",
 }
 
@@ -84,6 +85,7 @@ _OPTIONS = [
     click.option(
         "--seed", type=OneOrMore(int), help="Of the order of sequences and of start values [0]; a,b: a sweep."
     ),
+    click.option("--quantize", metavar="int8", help="Also save and measure it in int8 (pip install 'tsp[quantize]')."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
     click.option("--dry-run", is_flag=True, help="Print the resolved config and the plan, and exit."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),

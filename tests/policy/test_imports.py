@@ -62,6 +62,7 @@ FLOORS = {
         "tsp.outcome",
         "tsp.pipeline",
         "tsp.plan",
+        "tsp.quantize",
         "tsp.sweep",
         "tsp.verify",
     ),
@@ -103,6 +104,7 @@ LIBRARIES = {
     "sqlalchemy": ("tsp.tracking",),
     "tokenizers": ("tsp.demo.train",),
     "torch": ("tsp.doctor", "maths", "things", "machines", "methods", "whole"),
+    "torchao": ("tsp.quantize",),
     "tqdm": ("tsp.demo.train", "tsp.progress"),
     "transformers": (
         "tsp.source",
@@ -112,6 +114,7 @@ LIBRARIES = {
         "tsp.linear",
         "tsp.evaluation.generation_speed",
         "tsp.proof",
+        "tsp.quantize",
         "tsp.surgery",
         "tsp.tracking.registry",
     ),

@@ -1,7 +1,7 @@
 """Everything that is measured on one state of a model in memory: `evaluate_state`, in a job and in `tsp evaluate`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,13 @@ class Exam:
     tasks: Tasks | None = None
     references: dict[str, Reference] = field(default_factory=dict)
     """By corpus; the dense model's predictions."""
+
+    def alone(self) -> "Exam":
+        """The same for this rank without the others; it compares with what it has of the dense model's predictions."""
+        sharing = {**self.sharing, "rank": 0, "world_size": 1, "total": lambda values: values}
+        return replace(
+            self, sharing=sharing, references={name: reference.own() for name, reference in self.references.items()}
+        )
 
 
 def evaluate_state(exam: Exam, forward: Callable[[Tensor], Tensor], state: str) -> Evaluation:
