@@ -7,8 +7,9 @@ folder is one that `from_pretrained` loads where torchao is installed.
 Rank 0 does it alone, and holds the whole model: on the CPU to quantise it, on its own device to measure it.
 """
 
+import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tsp.checkpoint import copy_companions, prove, whole_or_not_at_all
 from tsp.config import ModelConfig
 from tsp.errors import ConfigError, ModelError
-from tsp.evaluation.state import Exam, evaluate_state
+from tsp.evaluation.state import Exam, evaluate_state, prompt_speed
 from tsp.records import Evaluation
 from tsp.sizes import size_gib
 from tsp.source import Source, build_skeleton, one_line, open_source
 
 Value = TypeVar("Value")
+# Takes tokens [b, t], returns logits [b, t, V].
+Forward = Callable[[Tensor], Tensor]
+
+log = logging.getLogger("tsp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,8 @@ class Quantized:
     evaluation: Evaluation
     size_gib: float
     """Of the folder's weights on disk."""
+    tokens_per_s_before: float | None
+    """Of a prompt, with the folder it was made from, loaded like this one; None: it did not fit, or nobody asked."""
 
 
 def check_quantizable(source: Source) -> None:
@@ -81,9 +88,12 @@ def in_int8(
     Raises:
         ModelError: it cannot be quantised, or does not fit beside what is there.
     """
-    folder = quantize(_opened(dense, trust), output, probe)
+    source = _opened(dense, trust)
+    folder = quantize(source, output, probe)
     try:
-        return measure(folder, exam, state, dtype)
+        evaluation = measure(folder, exam, state, dtype)
+        before = _speed_before(source, exam, dtype) if exam.config.speed_runs else None
+        return Quantized(evaluation=evaluation, size_gib=size_gib(folder), tokens_per_s_before=before)
     finally:
         if not keep:
             shutil.rmtree(output)
@@ -125,7 +135,7 @@ def quantize(source: Source, output: Path, tokens_BT: Tensor) -> Source:
     return _or_model_error(f"{source.name} cannot be quantised", made)
 
 
-def measure(folder: Source, exam: Exam, state: str, dtype: torch.dtype) -> Quantized:
+def measure(folder: Source, exam: Exam, state: str, dtype: torch.dtype) -> Evaluation:
     """Load a folder in int8 as a user does, and measure it on this process's device.
 
     Args:
@@ -138,16 +148,33 @@ def measure(folder: Source, exam: Exam, state: str, dtype: torch.dtype) -> Quant
         ModelError: it does not fit beside what is there.
     """
     alone = exam.alone()
+    return _with_model(folder, alone, dtype, lambda forward: evaluate_state(alone, forward, state))
 
-    def measured() -> Quantized:
-        model = _loaded(folder, dtype=dtype).to(alone.sharing["device"])
 
-        def forward(tokens_bt: Tensor) -> Tensor:
-            return model(input_ids=tokens_bt, use_cache=False).logits
+def plain_speeds(quantized: Mapping[str, Quantized]) -> dict[str, float | None]:
+    """Tokens per second of a prompt by state, in int8 and before, all loaded alike and without shards."""
+    before = {"quantized": "dense", "pruned_quantized": "pruned"}
+    return {
+        **{before[state]: one.tokens_per_s_before for state, one in quantized.items()},
+        **{state: one.evaluation.prompt_tokens_per_s for state, one in quantized.items()},
+    }
 
-        return Quantized(evaluation=evaluate_state(alone, forward, state), size_gib=size_gib(folder))
 
-    return _or_model_error(f"{folder.folder} cannot be measured", measured)
+def _speed_before(dense: Source, exam: Exam, dtype: torch.dtype) -> float | None:
+    alone = exam.alone()
+    try:
+        return _with_model(dense, alone, dtype, lambda forward: prompt_speed(alone, forward))
+    except ModelError as error:
+        log.warning("its speed before int8 is not measured: %s", error)
+        return None
+
+
+def _with_model(folder: Source, exam: Exam, dtype: torch.dtype, measured: Callable[[Forward], Value]) -> Value:
+    def made() -> Value:
+        model = _loaded(folder, dtype=dtype).to(exam.sharing["device"])
+        return measured(lambda tokens_bt: model(input_ids=tokens_bt, use_cache=False).logits)
+
+    return _or_model_error(f"{folder.folder} cannot be measured", made)
 
 
 def _loaded(source: Source, **options: Any) -> Any:

@@ -66,7 +66,9 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
     ):
         table.add_column(heading, justify="left" if not heading else "right")
     speeds, sizes = result["speed"]["prompt_tokens_per_s"], result["size_gib"]
-    for state, speed in speeds.items():
+    # Beside int8 only what was loaded like it can be compared: without shards.
+    plain = result["speed"].get("plain_prompt_tokens_per_s")
+    for state in speeds:
         whole = state in ("dense", "quantized")
         layers, parameters = (
             result["num_layers"] if whole else kept,
@@ -75,7 +77,7 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
         ppls = [
             f"{row[state]:.2f}{_times_dense(result, corpus, state)}" for corpus, row in result["perplexity"].items()
         ]
-        size, speed = _cell(sizes.get(state), ".4f"), _cell(speed, ",.0f")
+        size, speed = _cell(sizes.get(state), ".4f"), _cell((plain or speeds).get(state), ",.0f")
         table.add_row(_spoken(state), str(layers), f"{parameters:,}", *ppls, size, speed)
     console.print(table)
     console.print("in brackets: times the dense model's perplexity, 95 % bootstrap interval over the windows")

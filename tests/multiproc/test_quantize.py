@@ -55,6 +55,7 @@ def test_the_states_stand_side_by_side(job):
     _, result, printed = job
     assert list(result["perplexity"]["held"]) == STATES
     assert list(result["speed"]["prompt_tokens_per_s"]) == STATES
+    assert set(result["speed"]["plain_prompt_tokens_per_s"]) == set(STATES) - {"bare_drop"}
     assert set(result["fidelity"]["held"]) == set(STATES) - {"dense"}
     sizes = result["size_gib"]
     assert sizes["pruned_quantized"] < min(sizes["quantized"], sizes["pruned"]) < sizes["dense"]

@@ -14,7 +14,7 @@ from tsp.errors import ConfigError, ModelError
 from tsp.evaluation.predictions import Reference, measure_predictions
 from tsp.evaluation.state import Exam, evaluate_state
 from tsp.proof import proof
-from tsp.quantize import check_quantizable, in_int8, measure, quantize
+from tsp.quantize import check_quantizable, in_int8, measure, plain_speeds, quantize
 from tsp.source import open_source
 
 TOKENS = tokens(2, 12)
@@ -113,20 +113,22 @@ def test_it_is_measured_like_any_state(made):
     found = measure(folder, exam, "quantized", torch.float32)
     model = reloaded(folder.folder, dtype=torch.float32)
     losses = [float(F.cross_entropy(logits(model, row[None])[0, :-1], row[1:])) for row in blocks]
-    assert found.evaluation.perplexity["text"].ppl == pytest.approx(math.exp(sum(losses) / 5), rel=1e-6)
-    assert found.evaluation.fidelity["text"].num_positions == 5 * 15
-    assert found.evaluation.fidelity["text"].kl > 0
-    assert len(found.evaluation.continuations) == 2
-    assert found.evaluation.prompt_tokens_per_s > 0
-    assert found.size_gib == (folder.folder / "model.safetensors").stat().st_size / 2**30
+    assert found.perplexity["text"].ppl == pytest.approx(math.exp(sum(losses) / 5), rel=1e-6)
+    assert found.fidelity["text"].num_positions == 5 * 15
+    assert found.fidelity["text"].kl > 0
+    assert len(found.continuations) == 2
+    assert found.prompt_tokens_per_s > 0
 
 
 def test_only_what_is_asked_for_stays(tmp_path):
     dense = model_folder(tmp_path / "dense", tiny_model(num_layers=2))
     options = {"dtype": torch.float32, "probe": TOKENS, "trust": False}
     in_int8(dense, tmp_path / "gone", exam_on(TOKENS), "quantized", keep=False, **options)
-    in_int8(dense, tmp_path / "kept", exam_on(TOKENS), "pruned_quantized", keep=True, **options)
+    found = in_int8(dense, tmp_path / "kept", exam_on(TOKENS), "pruned_quantized", keep=True, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "kept"]
+    assert found.size_gib == (tmp_path / "kept/model.safetensors").stat().st_size / 2**30
+    assert list(plain_speeds({"pruned_quantized": found})) == ["pruned", "pruned_quantized"]
+    assert min(plain_speeds({"pruned_quantized": found}).values()) > 0
 
 
 def test_a_rank_alone_compares_where_it_has_the_dense_logits():

@@ -72,18 +72,22 @@ def evaluate_state(exam: Exam, forward: Callable[[Tensor], Tensor], state: str) 
             **exam.sharing,
             name=f"generate {_spoken(state)}",
         )
-    speed = None
-    if config.speed_runs:
-        prompt = first.flatten()[: min(2048, exam.max_positions)].to(exam.sharing["device"])
-        speed = prompt_tokens_per_s(forward, prompt, config.speed_runs)
     return Evaluation(
         perplexity=perplexities,
-        prompt_tokens_per_s=speed,
+        prompt_tokens_per_s=prompt_speed(exam, forward),
         fidelity=fidelities,
         slices=slices,
         continuations=continuations,
         tasks=task_metrics(exam.tasks, forward, exam.sharing) if exam.tasks else {},
     )
+
+
+def prompt_speed(exam: Exam, forward: Callable[[Tensor], Tensor]) -> float | None:
+    """Tokens per second of the exam's prompt; arguments as those of `evaluate_state`. None: not to be measured."""
+    if not exam.config.speed_runs:
+        return None
+    prompt = exam.corpora[0].blocks.flatten()[: min(2048, exam.max_positions)].to(exam.sharing["device"])
+    return prompt_tokens_per_s(forward, prompt, exam.config.speed_runs)
 
 
 def _spoken(state: str) -> str:
