@@ -1,23 +1,26 @@
 """Any corpus -> token blocks `[N, T]` and a fingerprint.
 
 Each document of a source (see `documents.py`) is tokenised once with the tokenizer's own special tokens; the documents
-are joined and cut into blocks of equal length, the tail is dropped. Beside the blocks stands which token belongs to
-which slice (see `slices.py`); slices change no token.
+are joined and cut into blocks of equal length, the tail is dropped. A conversation has those of its chat template
+instead; in calibration text the replies alone may count (see `chat.py`, `targets.py`). Beside the blocks stands which
+token belongs to which slice (see `slices.py`); slices change no token.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tsp.chat import reply_marks
 from tsp.config import JobConfig
 from tsp.documents import SUFFIXES, documents
 from tsp.errors import DataError
 from tsp.slices import Document, Slice, read_slices, token_marks
+from tsp.targets import IGNORED, marked, targets
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Corpus:
     """File stem or last part of the hub id."""
     source: str
     blocks: Tensor
-    """`[N, T]` int64."""
+    """`[N, T]` int64; which tokens count, see `targets.py`."""
     slices: Mapping[str, Tensor] = field(default_factory=dict)
     """`[N, T]` bool each: the tokens of those slices that have any here."""
 
@@ -48,9 +51,12 @@ class _Text:
     ids: list[int]
     marks: list[int]
     """Slices of each token, see `slices.token_marks`; empty where there are none."""
+    counts: list[bool]
+    """Which tokens are to be learned; empty: all of them."""
 
     def part(self, start: int, stop: int) -> "_Text":
-        return _Text(source=self.source, ids=self.ids[start:stop], marks=self.marks[start:stop])
+        cut = slice(start, stop)
+        return _Text(source=self.source, ids=self.ids[cut], marks=self.marks[cut], counts=self.counts[cut])
 
 
 def load_corpora(config: JobConfig, tokenizer: Any, max_positions: int) -> tuple[Corpus, list[Corpus]]:
@@ -59,13 +65,14 @@ def load_corpora(config: JobConfig, tokenizer: Any, max_positions: int) -> tuple
     Raises:
         DataError: a source that is missing, unreadable, empty, or shorter than one block; slices that match nothing.
     """
-    source = config.data.source
+    source, replies_only = config.data.source, config.data.replies_only
     block_tokens = _block_tokens("data", config.data.block_tokens, max_positions)
     if config.eval.sources:
-        calibration, evals = _tokenize(source, tokenizer, "train"), load_evaluation(config, tokenizer, max_positions)
+        calibration = _tokenize(source, tokenizer, "train", replies_only=replies_only)
+        evals = load_evaluation(config, tokenizer, max_positions)
     else:
         slices = read_slices(config.eval.slices)
-        calibration, held_out = _split(source, tokenizer, slices)
+        calibration, held_out = _split(source, tokenizer, slices, replies_only)
         window = _block_tokens("eval", config.eval.block_tokens, max_positions)
         evals = [_corpus(held_out, window, config.eval.max_blocks, slices)]
         _check_slices(config, slices, evals)
@@ -105,42 +112,63 @@ def corpus_name(source: str) -> str:
     return path.name.partition(":")[0] if not path.is_dir() else path.resolve().name
 
 
-def _split(source: str, tokenizer: Any, slices: Sequence[Slice]) -> tuple[_Text, _Text]:
+def _split(source: str, tokenizer: Any, slices: Sequence[Slice], replies_only: bool) -> tuple[_Text, _Text]:
     """Hold out 10 %: documents by hash, a single one by position; `stdlib` has sides of its own."""
     if source == "stdlib":
-        return _tokenize(source, tokenizer, "train"), _tokenize(source, tokenizer, "test", slices)
+        calibration = _tokenize(source, tokenizer, "train", replies_only=replies_only)
+        return calibration, _tokenize(source, tokenizer, "test", slices)
     found = list(documents(source, tokenizer, "train"))
     if len(found) == 1:
-        text = _text(source, found, tokenizer, slices)
+        text = _text(source, found, tokenizer, slices, replies_only=replies_only)
         border = len(text.ids) - len(text.ids) // 10
-        return text.part(0, border), text.part(border, len(text.ids))
+        # What is measured on counts whole.
+        return text.part(0, border), replace(text.part(border, len(text.ids)), counts=[])
     held_out = [hashlib.sha256(document.text.encode()).digest()[0] % 10 == 0 for document in found]
-    return (
-        _text(source, (document for document, out in zip(found, held_out, strict=True) if not out), tokenizer),
-        _text(source, (document for document, out in zip(found, held_out, strict=True) if out), tokenizer, slices),
-    )
+    to_learn = (document for document, out in zip(found, held_out, strict=True) if not out)
+    to_measure = (document for document, out in zip(found, held_out, strict=True) if out)
+    calibration = _text(source, to_learn, tokenizer, replies_only=replies_only)
+    return calibration, _text(source, to_measure, tokenizer, slices)
 
 
-def _tokenize(source: str, tokenizer: Any, split: str, slices: Sequence[Slice] = ()) -> _Text:
-    return _text(source, documents(source, tokenizer, split), tokenizer, slices)
+def _tokenize(
+    source: str, tokenizer: Any, split: str, slices: Sequence[Slice] = (), *, replies_only: bool = False
+) -> _Text:
+    return _text(source, documents(source, tokenizer, split), tokenizer, slices, replies_only=replies_only)
 
 
-def _text(source: str, found: Iterable[Document], tokenizer: Any, slices: Sequence[Slice] = ()) -> _Text:
-    by_place = any(one.regex is not None for one in slices)
+def _text(
+    source: str,
+    found: Iterable[Document],
+    tokenizer: Any,
+    slices: Sequence[Slice] = (),
+    *,
+    replies_only: bool = False,
+) -> _Text:
+    by_place = replies_only or any(one.regex is not None for one in slices)
     if by_place and not tokenizer.is_fast:
         raise DataError(
-            f"slices by regex need a tokenizer that knows where its tokens stand (a fast one); "
-            f"{type(tokenizer).__name__} does not: use `file` or `field`"
+            "slices by regex and data.replies_only need a tokenizer that knows where its tokens stand (a fast one); "
+            f"{type(tokenizer).__name__} does not: use slices by `file` or `field`, or leave replies_only out"
         )
     options = {"return_offsets_mapping": True} if by_place else {}
     ids: list[int] = []
     marks: list[int] = []
+    counts: list[bool] = []
+    num_chats = 0
     for document in found:
-        encoded = tokenizer(document.text, verbose=False, **options)
+        encoded = tokenizer(document.text, add_special_tokens=not document.is_chat, verbose=False, **options)
+        num_tokens = len(encoded["input_ids"])
         ids += encoded["input_ids"]
+        num_chats += document.is_chat
         if slices:
-            marks += token_marks(slices, document, len(encoded["input_ids"]), encoded.get("offset_mapping"))
-    return _Text(source=source, ids=ids, marks=marks)
+            marks += token_marks(slices, document, num_tokens, encoded.get("offset_mapping"))
+        if replies_only and document.is_chat:
+            counts += reply_marks(tokenizer, document.fields["messages"], document.text, encoded, document.place)
+        elif replies_only:
+            counts += [True] * num_tokens
+    if replies_only and not num_chats:
+        raise DataError(f"data.replies_only is for rows with `messages`, corpus {source} has none; leave it out")
+    return _Text(source=source, ids=ids, marks=marks, counts=counts)
 
 
 def _corpus(text: _Text, block_tokens: int, max_blocks: int | None, slices: Sequence[Slice] = ()) -> Corpus:
@@ -151,14 +179,25 @@ def _corpus(text: _Text, block_tokens: int, max_blocks: int | None, slices: Sequ
             "give more text or a smaller block_tokens"
         )
 
-    def blocks(values: list[int]) -> Tensor:
-        cut = torch.tensor(values[: num_blocks * block_tokens]).view(num_blocks, block_tokens)
-        return evenly_spread(cut, max_blocks)
+    def cut(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values[: num_blocks * block_tokens]).view(num_blocks, block_tokens)
 
-    masks = {one.name: blocks(text.marks) >> bit & 1 == 1 for bit, one in enumerate(slices)}
+    blocks = cut(text.ids)
+    if text.counts:
+        blocks = _with_something_to_learn(marked(blocks, cut(text.counts)), text.source)
+    masks = {one.name: evenly_spread(cut(text.marks) >> bit & 1 == 1, max_blocks) for bit, one in enumerate(slices)}
     # The first token of a window is not predicted.
     present = {name: mask for name, mask in masks.items() if mask[:, 1:].any()}
-    return Corpus(corpus_name(text.source), text.source, blocks(text.ids), present)
+    return Corpus(corpus_name(text.source), text.source, evenly_spread(blocks, max_blocks), present)
+
+
+def _with_something_to_learn(blocks_NT: Tensor, source: str) -> Tensor:
+    found = blocks_NT[(targets(blocks_NT) != IGNORED).any(dim=1)]
+    if not len(found):
+        raise DataError(
+            f"corpus {source} has no block with an assistant's reply; data.replies_only has nothing to learn"
+        )
+    return found
 
 
 def _check_slices(config: JobConfig, slices: Sequence[Slice], evals: Sequence[Corpus]) -> None:
