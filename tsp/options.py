@@ -1,5 +1,6 @@
 """The options of a pruning job, shared by `launchers/prune.py` and `tsp prune`, and the config they make."""
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,6 +97,10 @@ class _EndsLikeUs:
     """Of a click command: what click itself complains about ends in our one `error:` line, too."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        # torchao 0.18, which transformers imports with any model where it is installed, warns of kernels for other
+        # hardware and of its own enums.
+        for library in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(library).setLevel(logging.ERROR)
         with exit_codes():
             try:
                 return super().main(*args, **{**kwargs, "standalone_mode": False})  # type: ignore[misc]
