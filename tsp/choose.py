@@ -16,7 +16,18 @@ from tsp.shared import Shared, Stopwatch
 log = logging.getLogger("tsp")
 
 # What an order of the layers does not depend on.
-_AFTER_THE_ORDER = {"transfer", "stage2", "replaceme", "eval", "tracking", "data", "budget_s", "save", "seed"}
+_AFTER_THE_ORDER = {
+    "transfer",
+    "stage2",
+    "replaceme",
+    "eval",
+    "tracking",
+    "data",
+    "budget_s",
+    "save",
+    "quantize",
+    "seed",
+}
 _OF_THE_CUT = {"ratio", "num_drop", "drop", "verify_blocks", "swap_rounds"}
 
 

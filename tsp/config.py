@@ -44,6 +44,9 @@ class JobConfig(Section):
     """Seconds for selection and transfer together: the transfer trains until they are over; None: `stage2.steps`."""
     save: bool = True
     """Write, prove and register the pruned checkpoint; false: only measure."""
+    quantize: Literal["int8"] | None = None
+    """Also write the pruned checkpoint with its linear maps in int8 (extra `quantize`), and measure that and the dense
+    model in int8; None: off."""
     train: TrainConfig = TrainConfig()
     stage1: Stage1Config = Stage1Config()
     stage2: Stage2Config = Stage2Config()

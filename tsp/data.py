@@ -1,24 +1,27 @@
 """Any corpus -> token blocks `[N, T]` and a fingerprint.
 
 Each document of a source (see `documents.py`) is tokenised once with the tokenizer's own special tokens; the documents
-are joined and cut into blocks of equal length, the tail is dropped. Beside the blocks stands which token belongs to
-which slice (see `slices.py`); slices change no token.
+are joined and cut into blocks of equal length, the tail is dropped. A conversation has those of its chat template
+instead; in calibration text the replies alone may count (see `chat.py`, `targets.py`). Beside the blocks stands which
+token belongs to which slice (see `slices.py`); slices change no token.
 """
 
 import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tsp.config import JobConfig
+from tsp.chat import reply_marks
+from tsp.config import DataConfig, JobConfig
 from tsp.documents import SUFFIXES, documents
 from tsp.errors import DataError
 from tsp.slices import Document, Slice, read_slices, token_marks
+from tsp.targets import IGNORED, marked, targets
 
 # Of ten parts of the text: which is evaluated on, and which settings are compared on.
 _HELD_OUT, _TUNING = 0, 1
@@ -32,7 +35,7 @@ class Corpus:
     """File stem or last part of the hub id."""
     source: str
     blocks: Tensor
-    """`[N, T]` int64."""
+    """`[N, T]` int64; which tokens count, see `targets.py`."""
     slices: Mapping[str, Tensor] = field(default_factory=dict)
     """`[N, T]` bool each: the tokens of those slices that have any here."""
 
@@ -52,9 +55,12 @@ class _Text:
     ids: list[int]
     marks: list[int]
     """Slices of each token, see `slices.token_marks`; empty where there are none."""
+    counts: list[bool]
+    """Which tokens are to be learned; empty: all of them."""
 
     def part(self, start: int, stop: int) -> "_Text":
-        return _Text(source=self.source, ids=self.ids[start:stop], marks=self.marks[start:stop])
+        cut = slice(start, stop)
+        return _Text(source=self.source, ids=self.ids[cut], marks=self.marks[cut], counts=self.counts[cut])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +84,17 @@ def load_corpora(config: JobConfig, tokenizer: Any, max_positions: int) -> Corpo
     block_tokens = _block_tokens("data", data.block_tokens, max_positions)
     if evaluation.sources:
         evals = load_evaluation(config, tokenizer, max_positions)
-        tenths = _tenths(data.source, tokenizer)
+        tenths = _tenths(data, tokenizer)
         used: set[int] = set()
     else:
         slices = read_slices(evaluation.slices)
-        tenths = _tenths(data.source, tokenizer, slices)
+        tenths = _tenths(data, tokenizer, slices)
         # `stdlib` has sides of its own.
         own_side = data.source == "stdlib"
         held_out = _tokenize(data.source, tokenizer, slices) if own_side else _joined(data.source, tenths, {_HELD_OUT})
         window = _block_tokens("eval", evaluation.block_tokens, max_positions)
-        evals = [_corpus(held_out, window, evaluation.max_blocks, slices)]
+        # What is measured on counts whole.
+        evals = [_corpus(replace(held_out, counts=[]), window, evaluation.max_blocks, slices)]
         _check_slices(config, slices, evals)
         used = set() if own_side else {_HELD_OUT}
     tuning = None
@@ -132,28 +139,33 @@ def corpus_name(source: str) -> str:
     return path.name.partition(":")[0] if not path.is_dir() else path.resolve().name
 
 
-def _tenths(source: str, tokenizer: Any, slices: Sequence[Slice] = ()) -> list[tuple[int, _Text]]:
+def _tenths(data: DataConfig, tokenizer: Any, slices: Sequence[Slice] = ()) -> list[tuple[int, _Text]]:
     """The text to calibrate on, in order, each part with the tenth 0 to 9 it belongs to.
 
     Documents are shared out by their hash, so that one stays where it is when others come or go; a single one is cut by
     position, from the end.
     """
+    source, replies_only = data.source, data.replies_only
     found = list(documents(source, tokenizer, "train"))
+    if replies_only and not any(document.is_chat for document in found):
+        raise DataError(f"data.replies_only is for rows with `messages`, corpus {source} has none; leave it out")
     if len(found) == 1:
-        text = _text(source, found, tokenizer, slices)
+        text = _text(source, found, tokenizer, slices, replies_only=replies_only)
         length, tenth = len(text.ids), len(text.ids) // 10
         borders = [0, *(length - tenth * number for number in range(9, -1, -1))]
         return [(9 - place, text.part(*ends)) for place, ends in enumerate(itertools.pairwise(borders))]
-    return [
-        (hashlib.sha256(document.text.encode()).digest()[0] % 10, _text(source, [document], tokenizer, slices))
-        for document in found
-    ]
+    tenths = [hashlib.sha256(document.text.encode()).digest()[0] % 10 for document in found]
+    texts = [_text(source, [document], tokenizer, slices, replies_only=replies_only) for document in found]
+    return list(zip(tenths, texts, strict=True))
 
 
 def _joined(source: str, tenths: Iterable[tuple[int, _Text]], wanted: Collection[int]) -> _Text:
     texts = [text for tenth, text in tenths if tenth in wanted]
-    ids = [token for text in texts for token in text.ids]
-    return _Text(source=source, ids=ids, marks=[mark for text in texts for mark in text.marks])
+
+    def joined(name: str) -> list[Any]:
+        return [value for text in texts for value in getattr(text, name)]
+
+    return _Text(source=source, ids=joined("ids"), marks=joined("marks"), counts=joined("counts"))
 
 
 def _tokenize(source: str, tokenizer: Any, slices: Sequence[Slice]) -> _Text:
@@ -161,22 +173,35 @@ def _tokenize(source: str, tokenizer: Any, slices: Sequence[Slice]) -> _Text:
     return _text(source, documents(source, tokenizer, "test"), tokenizer, slices)
 
 
-def _text(source: str, found: Iterable[Document], tokenizer: Any, slices: Sequence[Slice] = ()) -> _Text:
-    by_place = any(one.regex is not None for one in slices)
+def _text(
+    source: str,
+    found: Iterable[Document],
+    tokenizer: Any,
+    slices: Sequence[Slice] = (),
+    *,
+    replies_only: bool = False,
+) -> _Text:
+    by_place = replies_only or any(one.regex is not None for one in slices)
     if by_place and not tokenizer.is_fast:
         raise DataError(
-            f"slices by regex need a tokenizer that knows where its tokens stand (a fast one); "
-            f"{type(tokenizer).__name__} does not: use `file` or `field`"
+            "slices by regex and data.replies_only need a tokenizer that knows where its tokens stand (a fast one); "
+            f"{type(tokenizer).__name__} does not: use slices by `file` or `field`, or leave replies_only out"
         )
     options = {"return_offsets_mapping": True} if by_place else {}
     ids: list[int] = []
     marks: list[int] = []
+    counts: list[bool] = []
     for document in found:
-        encoded = tokenizer(document.text, verbose=False, **options)
+        encoded = tokenizer(document.text, add_special_tokens=not document.is_chat, verbose=False, **options)
+        num_tokens = len(encoded["input_ids"])
         ids += encoded["input_ids"]
         if slices:
-            marks += token_marks(slices, document, len(encoded["input_ids"]), encoded.get("offset_mapping"))
-    return _Text(source=source, ids=ids, marks=marks)
+            marks += token_marks(slices, document, num_tokens, encoded.get("offset_mapping"))
+        if replies_only and document.is_chat:
+            counts += reply_marks(tokenizer, document.fields["messages"], document.text, encoded, document.place)
+        elif replies_only:
+            counts += [True] * num_tokens
+    return _Text(source=source, ids=ids, marks=marks, counts=counts)
 
 
 def _corpus(text: _Text, block_tokens: int, max_blocks: int | None, slices: Sequence[Slice] = ()) -> Corpus:
@@ -187,14 +212,25 @@ def _corpus(text: _Text, block_tokens: int, max_blocks: int | None, slices: Sequ
             "give more text or a smaller block_tokens"
         )
 
-    def blocks(values: list[int]) -> Tensor:
-        cut = torch.tensor(values[: num_blocks * block_tokens]).view(num_blocks, block_tokens)
-        return evenly_spread(cut, max_blocks)
+    def cut(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values[: num_blocks * block_tokens]).view(num_blocks, block_tokens)
 
-    masks = {one.name: blocks(text.marks) >> bit & 1 == 1 for bit, one in enumerate(slices)}
+    blocks = cut(text.ids)
+    if text.counts:
+        blocks = _with_something_to_learn(marked(blocks, cut(text.counts)), text.source)
+    masks = {one.name: evenly_spread(cut(text.marks) >> bit & 1 == 1, max_blocks) for bit, one in enumerate(slices)}
     # The first token of a window is not predicted.
     present = {name: mask for name, mask in masks.items() if mask[:, 1:].any()}
-    return Corpus(corpus_name(text.source), text.source, blocks(text.ids), present)
+    return Corpus(corpus_name(text.source), text.source, evenly_spread(blocks, max_blocks), present)
+
+
+def _with_something_to_learn(blocks_NT: Tensor, source: str) -> Tensor:
+    found = blocks_NT[(targets(blocks_NT) != IGNORED).any(dim=1)]
+    if not len(found):
+        raise DataError(
+            f"corpus {source} has no block with an assistant's reply; data.replies_only has nothing to learn"
+        )
+    return found
 
 
 def _check_slices(config: JobConfig, slices: Sequence[Slice], evals: Sequence[Corpus]) -> None:

@@ -1,5 +1,5 @@
 """The documents of a source: a file or folder of .txt (one document), .jsonl or .parquet (one document a row), a
-dataset on the hub (its rows joined by blank lines), or `stdlib`.
+dataset on the hub (its rows joined by blank lines, or one document a row of `messages`), or `stdlib`.
 """
 
 import json
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tsp.chat import rendered
 from tsp.demo.corpus import stdlib_documents
 from tsp.errors import DataError
 from tsp.slices import Document
@@ -38,7 +39,7 @@ def documents(source: str, tokenizer: Any, split: str) -> Iterator[Document]:
     elif path.exists() or path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
         yield from _of_file(path, tokenizer)
     else:
-        yield Document(text="\n\n".join(_hub_rows(source, split)), path=source, fields={})
+        yield from _of_hub(source, tokenizer, split)
 
 
 def _of_file(path: Path, tokenizer: Any) -> Iterator[Document]:
@@ -65,7 +66,7 @@ def _of_jsonl(path: Path, tokenizer: Any) -> Iterator[Document]:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise DataError(f"corpus {path}, line {number} is no JSON: {error.msg}") from None
-                yield _of_row(row, tokenizer, path, f"{path}, line {number}")
+                yield _of_row(row, tokenizer, path.as_posix(), f"{path}, line {number}")
 
 
 def _of_parquet(path: Path, tokenizer: Any) -> Iterator[Document]:
@@ -76,24 +77,34 @@ def _of_parquet(path: Path, tokenizer: Any) -> Iterator[Document]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
-                    yield _of_row(row, tokenizer, path, str(path))
+                    yield _of_row(row, tokenizer, path.as_posix(), str(path))
     except pyarrow.ArrowException as error:
         raise DataError(f"corpus {path} is no parquet file: {' '.join(str(error).split())}") from None
 
 
-def _of_row(row: Any, tokenizer: Any, path: Path, place: str) -> Document:
+def _of_row(row: Any, tokenizer: Any, path: str, place: str) -> Document:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
-        text = row["text"]
-    elif isinstance(row, dict) and isinstance(row.get("messages"), list):
-        if not tokenizer.chat_template:
-            raise DataError(f"corpus {place} has `messages`, but the tokenizer has no chat template; give `text`")
-        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        return Document(text=row["text"], path=path, fields=row, place=place)
+    if isinstance(row, dict) and _is_chat(row.get("messages")):
+        text = rendered(tokenizer, row["messages"], place)
+        return Document(text=text, path=path, fields=row, place=place, is_chat=True)
+    raise DataError(f"corpus {place} must have a field `text` (a string) or `messages` (a list of objects)")
+
+
+def _is_chat(messages: Any) -> bool:
+    return isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+
+
+def _of_hub(source: str, tokenizer: Any, split: str) -> Iterator[Document]:
+    rows = _hub_rows(source, split)
+    if "text" in rows.column_names:
+        yield Document(text="\n\n".join(rows["text"]), path=source, fields={}, place=source)
     else:
-        raise DataError(f"corpus {place} must have a field `text` (a string) or `messages` (a list)")
-    return Document(text=text, path=path.as_posix(), fields=row)
+        for number, row in enumerate(rows, start=1):
+            yield _of_row(row, tokenizer, source, f"{source}, row {number}")
 
 
-def _hub_rows(source: str, split: str) -> Iterator[str]:
+def _hub_rows(source: str, split: str) -> Any:
     import datasets
 
     name, _, configuration = source.partition(":")
@@ -103,9 +114,8 @@ def _hub_rows(source: str, split: str) -> Iterator[str]:
         chosen = next((side for side in wanted if side in splits), None)
         if chosen is None:
             raise DataError(f"dataset {source} has no split {split}, it has {', '.join(splits)}")
-        rows = datasets.load_dataset(name, configuration or None, split=chosen)
+        return datasets.load_dataset(name, configuration or None, split=chosen)
     except (OSError, ValueError, ConnectionError) as error:
         raise DataError(
             f"corpus {source} is no file or folder here, and not to be had from the hub: {' '.join(str(error).split())}"
         ) from None
-    yield from (row["text"] for row in rows)

@@ -23,6 +23,7 @@ from tsp.evaluation.zero_shot import Tasks, open_tasks
 from tsp.machine import weights_dtype
 from tsp.methods import TRANSFERS
 from tsp.plan import Plan, make_plan
+from tsp.quantize import check_quantizable
 from tsp.sharding import read_json, resolve
 from tsp.source import Source, check_drop, load_tokenizer, open_source
 from tsp.tracking.registry import located
@@ -100,6 +101,8 @@ class Preparation:
         """
         source = self._source(config)
         self._check_layers(config, source)
+        if config.quantize:
+            check_quantizable(source)
         dtype = weights_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         hidden_size = source.config.get_text_config(decoder=True).hidden_size
         sharding = resolve(self._content, config, world_size=self._world_size, hidden_size=hidden_size, dtype=dtype)

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tsp.targets import token_ids
+
 
 class Mounted:
     """A model that can run; call it with tokens `[B, T]` int64 for logits `[B, T, V]`."""
@@ -16,7 +18,7 @@ class Mounted:
     def __call__(self, tokens_BT: Tensor) -> Tensor:
         # Without an optimizer DeepSpeed's own forward forbids a backward; its ZeRO-3 hooks sit on the module.
         runner = self._engine or self.model
-        return runner(input_ids=tokens_BT, use_cache=False).logits
+        return runner(input_ids=token_ids(tokens_BT), use_cache=False).logits
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's mean loss; the gradients of a step's micro-batches are averaged."""

@@ -1,5 +1,6 @@
 """The options of a pruning job, shared by `launchers/prune.py` and `tsp prune`, and the config they make."""
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ _FIELDS = {
     "experiment": "tracking.experiment",
     "run_name": "tracking.run_name",
     "register": "tracking.register_as",
+    "quantize": "quantize",
     "seed": "seed",
 }
 
@@ -84,6 +86,7 @@ _OPTIONS = [
     click.option(
         "--seed", type=OneOrMore(int), help="Of the order of sequences and of start values [0]; a,b: a sweep."
     ),
+    click.option("--quantize", metavar="int8", help="Also save and measure it in int8 (pip install 'tsp[quantize]')."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
     click.option("--dry-run", is_flag=True, help="Print the resolved config and the plan, and exit."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
@@ -94,6 +97,10 @@ class _EndsLikeUs:
     """Of a click command: what click itself complains about ends in our one `error:` line, too."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        # torchao 0.18, which transformers imports with any model where it is installed, warns of kernels for other
+        # hardware and of its own enums.
+        for library in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(library).setLevel(logging.ERROR)
         with exit_codes():
             try:
                 return super().main(*args, **{**kwargs, "standalone_mode": False})  # type: ignore[misc]

@@ -20,6 +20,7 @@ from tsp.errors import ModelError
 from tsp.evaluation.generation_speed import measure_folder
 from tsp.evaluation.summary import metrics, summarise
 from tsp.machine import weights_dtype
+from tsp.quantize import Quantized, plain_speeds
 from tsp.records import DropReport, Evaluation, Scores, Selection, write_json
 from tsp.sizes import cache_bytes_per_token, size_gib
 from tsp.tracking.registry import register_checkpoint
@@ -48,9 +49,12 @@ class Outcome:
     scores: Scores
     selection: Selection
     states: dict[str, Evaluation]
-    """`dense`, `bare_drop`, `pruned`."""
+    """`dense`, `bare_drop`, `pruned`; with `--quantize` also `quantized` (the dense one) and `pruned_quantized`."""
     drop: DropReport | None
     """None: no checkpoint was written."""
+    quantized: dict[str, Quantized]
+    """By state; empty: not asked for, or there was no room."""
+    quantized_checkpoint: Path | None
     dtype: str
     """Of the weights in memory."""
     peak_memory_gib: list[float]
@@ -135,6 +139,9 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker) -> dict[str, Any]:
     parameters = job.source.num_parameters
     measured = summarise(outcome.states)
     measured["speed"]["generation_tokens_per_s"] = _generation_speed(job, outcome)
+    if outcome.quantized:
+        measured["speed"]["plain_prompt_tokens_per_s"] = plain_speeds(outcome.quantized)
+    sizes = {state: one.size_gib for state, one in outcome.quantized.items()}
     cuts = {"dense": (), "pruned": dropped}
     return {
         "schema": RESULT_SCHEMA,
@@ -158,7 +165,7 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker) -> dict[str, Any]:
             "dense": parameters,
             "pruned": parameters - sum(job.source.layer_parameters[index] for index in dropped),
         },
-        "size_gib": {state: size_gib(job.source, cut) for state, cut in cuts.items()},
+        "size_gib": {state: size_gib(job.source, cut) for state, cut in cuts.items()} | sizes,
         "kv_cache_bytes_per_token": {state: cache_bytes_per_token(job.source, cut) for state, cut in cuts.items()},
         "seconds": {phase: round(outcome.watch.seconds.get(phase, 0.0), 2) for phase in PHASES},
         "shared": sorted(outcome.watch.shared),
@@ -168,6 +175,7 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker) -> dict[str, Any]:
         "stage2_steps": outcome.transfer_steps,
         "tuning_loss": outcome.tuning_loss,
         "checkpoint": outcome.drop.checkpoint if outcome.drop else None,
+        "quantized_checkpoint": str(outcome.quantized_checkpoint) if outcome.quantized_checkpoint else None,
         "registered": None,
     }
 
@@ -206,6 +214,7 @@ def _metrics(result: dict[str, Any], outcome: Outcome) -> dict[str, float]:
     }
     if outcome.drop:
         values["prune/max_logit_difference"] = outcome.drop.max_logit_difference
+    values |= {f"prune/size_gib_{state}": gib for state, gib in result["size_gib"].items()}
     if outcome.tuning_loss is not None:
         values["tune/loss"] = outcome.tuning_loss
     values |= {f"perf/{phase}_s": seconds for phase, seconds in result["seconds"].items()}

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tsp.targets import IGNORED, targets
+
 
 def soft_threshold(values_L: Tensor, threshold: float | Tensor) -> Tensor:
     """Proximal step of the l1 penalty: sign(g) * max(|g| - threshold, 0); reaches exact zeros.
@@ -59,13 +61,49 @@ def gap_norm(gap_BTD: Tensor, norm: str = "l2", reduction: str = "token-mean") -
     return {"token-mean": norms_BT.mean, "token-sum": norms_BT.sum}[reduction]()
 
 
-def lm_loss(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token over the T - 1 predictable positions, `[]` fp32."""
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), tokens_BT[:, 1:].flatten())
+def lm_loss(logits_BTV: Tensor, tokens_BT: Tensor, share: float = 1.0) -> Tensor:
+    """Cross-entropy of the next token, mean over the T - 1 predictable positions, or over those that count.
+
+    Args:
+        logits_BTV: `[B, T, V]`.
+        tokens_BT: int64; which of them count, see `targets.py`.
+        share: the part that counts of all targets of a step (`targets.share`), of which these sequences may be a part
+            with more or fewer: then the mean over such parts is the mean over the tokens of the step that count.
+
+    Returns:
+        `[]` fp32.
+    """
+    wanted = targets(tokens_BT)
+    total = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), wanted.flatten(), reduction="sum")
+    return total / (wanted.numel() * share)
 
 
-def distillation_loss(student_BTV: Tensor, teacher_BTV: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) at the temperature, times its square (Hinton et al. 2015), mean over tokens, `[]` fp32."""
-    student = F.log_softmax(student_BTV.flatten(0, 1).float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_BTV.detach().flatten(0, 1).float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
+def distillation_loss(
+    student_BTV: Tensor,
+    teacher_BTV: Tensor,
+    temperature: float = 1.0,
+    tokens_BT: Tensor | None = None,
+    share: float = 1.0,
+) -> Tensor:
+    """KL(teacher || student) at the temperature, times its square (Hinton et al. 2015), mean over tokens.
+
+    Args:
+        student_BTV: `[B, T, V]`.
+        teacher_BTV: the same shape; gets no gradient.
+        temperature: of both softmaxes.
+        tokens_BT: int64, where not all count; then only positions whose next token does.
+        share: as in `lm_loss`; 1: all positions, the last too, though its next token is not here.
+
+    Returns:
+        `[]` fp32.
+    """
+    if tokens_BT is None or share == 1:
+        student_NV, teacher_NV = student_BTV.flatten(0, 1), teacher_BTV.flatten(0, 1)
+        num_positions: float = len(student_NV)
+    else:
+        counted = targets(tokens_BT) != IGNORED
+        student_NV, teacher_NV = student_BTV[:, :-1][counted], teacher_BTV[:, :-1][counted]
+        num_positions = counted.numel() * share
+    student_NV = F.log_softmax(student_NV.float() / temperature, dim=-1)
+    teacher_NV = F.log_softmax(teacher_NV.detach().float() / temperature, dim=-1)
+    return F.kl_div(student_NV, teacher_NV, log_target=True, reduction="sum") / num_positions * temperature**2

@@ -27,6 +27,7 @@ from tsp.methods import transfer_check, transfer_verb
 from tsp.methods.base import Bench
 from tsp.outcome import Outcome, open_run, publish
 from tsp.progress import logging_to
+from tsp.quantize import Quantized, in_int8
 from tsp.records import DropReport, Evaluation, Scores, Selection
 from tsp.shared import Shared, Stopwatch
 from tsp.source import Source, check_drop, open_source
@@ -114,13 +115,17 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
                 transfer(bench, chosen.doomed, save_dtype=job.source.dtype)
         known = None if transfer else states["bare_drop"]
         states["pruned"], tuning_loss, report = _drop(job, bench, exam, chosen.doomed, known, output / "model", watch)
+    peak_memory_gib = engine.peak_memory_gib()
+    quantized = _quantized(job, engine, exam, shared, output, watch) if job.config.quantize else {}
     outcome = Outcome(
         scores=scores,
         selection=chosen,
-        states=states,
+        states=states | {state: one.evaluation for state, one in quantized.items()},
         drop=report,
+        quantized=quantized,
+        quantized_checkpoint=output / "model-int8" if (output / "model-int8").is_dir() else None,
         dtype=str(engine.dtype).removeprefix("torch."),
-        peak_memory_gib=engine.peak_memory_gib(),
+        peak_memory_gib=peak_memory_gib,
         weights_gib=weights_gib,
         trained_tokens=bench.trained_tokens,
         transfer_steps=bench.transfer_steps,
@@ -175,7 +180,7 @@ def _drop(
     on tuning text if some is set aside, and what was proved of the checkpoint.
     """
     engine, decoder = bench.engine, bench.decoder
-    probe = job.evals[0].blocks[:2, :_PROBE_TOKENS]
+    probe = _probe(job)
     tuning_loss = report = None
     with engine.mounted(decoder.model) as bench.model, decoder.bypassing(doomed):
         with watch("evaluate"):
@@ -190,6 +195,27 @@ def _drop(
     return pruned, tuning_loss, report
 
 
+def _quantized(
+    job: Job, engine: Engine, exam: Exam, shared: Shared, output: Path, watch: Stopwatch
+) -> dict[str, Quantized]:
+    """The dense and the pruned model in int8; what does not fit beside the job's own model is left out.
+
+    The pruned one stays, beside the checkpoint that it was made from.
+    """
+    options: dict[str, Any] = {"dtype": engine.dtype, "probe": _probe(job), "trust": job.source.trust_remote_code}
+    dense = partial(in_int8, job.source.folder, output / "dense-int8", exam, "quantized", keep=False, **options)
+    pruned = partial(in_int8, output / "model", output / "model-int8", exam, "pruned_quantized", keep=True, **options)
+    made: dict[str, Quantized] = {}
+    for state, make, key in (("quantized", dense, _exam_key(job)), ("pruned_quantized", pruned, output)):
+        try:
+            made[state] = shared.once((state, key), watch, "evaluate", partial(engine.on_first, make))
+        except ModelError as error:
+            # The job has done its work; it is not to fail for this.
+            if engine.is_first:
+                log.warning("%s is left out: %s", state.replace("_", " "), error)
+    return made
+
+
 def _load(job: Job, engine: Engine) -> Decoder:
     started, source = time.perf_counter(), job.source
     decoder = load(source, engine.dtype, engine.loading())
@@ -202,6 +228,11 @@ def _load(job: Job, engine: Engine) -> Decoder:
 
 def _exam_key(job: Job) -> tuple[str, ...]:
     return (job.config.eval.model_dump_json(), *(corpus.fingerprint for corpus in job.evals))
+
+
+def _probe(job: Job) -> Tensor:
+    """Tokens `[B, T]` whose logits prove a saved folder."""
+    return job.evals[0].blocks[:2, :_PROBE_TOKENS]
 
 
 def _exam(job: Job, engine: Engine) -> Exam:

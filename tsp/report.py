@@ -51,28 +51,40 @@ def print_sweep(children: "list[Child]", experiment: str, run_link: str, stdout:
 
 
 def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: TextIO | None = None) -> None:
-    """Dense, bare drop and pruned side by side, and what to do next."""
+    """Dense, bare drop and pruned side by side, in int8 too where asked for, and what to do next."""
     console = _console(stdout or sys.stdout)
     dropped = result["dropped"]
     kept = result["num_layers"] - len(dropped)
     table = Table(title=f"{result['model']} without layers {', '.join(map(str, dropped)) or 'none'}")
-    for heading in ("", "layers", "parameters", *(f"ppl {corpus}" for corpus in result["perplexity"]), "tokens/s"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for state, layers, parameters in (
-        ("dense", result["num_layers"], result["parameters"]["dense"]),
-        ("bare drop", kept, result["parameters"]["pruned"]),
-        ("pruned", kept, result["parameters"]["pruned"]),
+    for heading in (
+        "",
+        "layers",
+        "parameters",
+        *(f"ppl {corpus}" for corpus in result["perplexity"]),
+        "GiB",
+        "tokens/s",
     ):
-        key = state.replace(" ", "_")
+        table.add_column(heading, justify="left" if not heading else "right")
+    speeds, sizes = result["speed"]["prompt_tokens_per_s"], result["size_gib"]
+    # Beside int8 only what was loaded like it can be compared: without shards.
+    plain = result["speed"].get("plain_prompt_tokens_per_s")
+    for state in speeds:
+        whole = state in ("dense", "quantized")
+        layers, parameters = (
+            result["num_layers"] if whole else kept,
+            result["parameters"]["dense" if whole else "pruned"],
+        )
         ppls = [
-            f"{values[key]:.2f}{_times_dense(result, corpus, key)}" for corpus, values in result["perplexity"].items()
+            f"{row[state]:.2f}{_times_dense(result, corpus, state)}" for corpus, row in result["perplexity"].items()
         ]
-        speed = result["speed"]["prompt_tokens_per_s"][key]
-        table.add_row(state, str(layers), f"{parameters:,}", *ppls, f"{speed:,.0f}" if speed else "-")
+        size, speed = _cell(sizes.get(state), ".4f"), _cell((plain or speeds).get(state), ",.0f")
+        table.add_row(_spoken(state), str(layers), f"{parameters:,}", *ppls, size, speed)
     console.print(table)
     console.print("in brackets: times the dense model's perplexity, 95 % bootstrap interval over the windows")
     _print_details(console, result)
     steps = {"checkpoint": result["checkpoint"]} if result["checkpoint"] else {}
+    if result["quantized_checkpoint"]:
+        steps["in int8"] = result["quantized_checkpoint"]
     steps |= {"look": f"tsp ui   # then {run_link}"}
     if result["registered"]:
         name, version = result["registered"]["name"], result["registered"]["version"]
@@ -111,7 +123,7 @@ def print_evaluation(result: dict[str, Any], stdout: TextIO) -> None:
     console.print(table)
     console.print("in brackets: 95 % bootstrap interval over the windows")
     states = [state for state in ("dense", "model") if state in result["parameters"]]
-    _print_slices(console, result, states)
+    _print_slices(console, result, states, judged="model")
     _print_tasks(console, result, states)
     table = Table(title="cost and generation")
     for heading in ("", *states):
@@ -125,7 +137,7 @@ def print_evaluation(result: dict[str, Any], stdout: TextIO) -> None:
 
 def _print_details(console: Console, result: dict[str, Any]) -> None:
     """Beside the main table of a job: nearness to the dense model, slices, tasks."""
-    states = ["dense", "bare_drop", "pruned"]
+    states = list(result["speed"]["prompt_tokens_per_s"])
     table = Table(title="nearness to the dense model")
     corpora = [corpus for corpus, row in result["fidelity"].items() if row]
     for heading in ("", *(f"{name} {corpus}" for corpus in corpora for name in ("KL", "same top 1"))):
@@ -140,16 +152,15 @@ def _print_details(console: Console, result: dict[str, Any]) -> None:
         table.add_row(_spoken(state), *cells)
     if len(table.columns) > 1:
         console.print(table)
-    _print_slices(console, result, states)
+    _print_slices(console, result, states, judged="pruned")
     _print_tasks(console, result, states)
 
 
-def _print_slices(console: Console, result: dict[str, Any], states: list[str]) -> None:
+def _print_slices(console: Console, result: dict[str, Any], states: list[str], judged: str) -> None:
     """The worst on top, where there is something to compare with."""
     rows = [(corpus, name, row) for corpus, found in result["slices"].items() for name, row in found.items()]
     if not rows:
         return
-    judged = states[-1]
     compared = "dense" in states and judged != "dense"
     if compared:
         rows.sort(key=lambda row: -row[2]["ppl"][judged] / row[2]["ppl"]["dense"])

@@ -27,6 +27,8 @@ class DataConfig(Section):
     """Tokens per calibration sequence; None: min(2048, the model's positions)."""
     max_blocks: int | None = Field(128, ge=1)
     """Sequences to take from the corpus, evenly spread; None: all. 128 in the paper."""
+    replies_only: bool = False
+    """Of rows of `messages`, learn only what the assistant says; the rest is read. Rows of `text` count whole."""
     tuning_blocks: int = Field(0, ge=0)
     """Sequences, at most, of documents neither trained nor reported on, whose loss compares settings; 0: none."""
 

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tsp.source import Source, build_skeleton
+from tsp.source import Source, build_skeleton, weight_files
 from tsp.surgery import kept_layers, mended_config
 
 _LENGTHS = (8, 16)
 
 
 def size_gib(source: Source, dropped: Sequence[int] = ()) -> float:
-    """GiB of the checkpoint's weights without some layers, in the dtype they have on disk."""
+    """GiB of the checkpoint's weights without some layers, in the dtype they have on disk; quantized: of its files."""
+    if source.quantized_by and not dropped:
+        return sum(path.stat().st_size for path in weight_files(source.folder)) / 2**30
     parameters = source.num_parameters - sum(source.layer_parameters[index] for index in dropped)
     return parameters * source.dtype.itemsize / 2**30
 

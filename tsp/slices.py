@@ -32,6 +32,10 @@ class Document:
     """Of its file, with `/`; a module of the standard library has its dotted name with slashes, `email/message.py`."""
     fields: Mapping[str, Any]
     """Of its row; empty for a text file."""
+    place: str = ""
+    """File and line, for messages to the user."""
+    is_chat: bool = False
+    """The text is what the chat template made of the row's `messages`; its special tokens are in it."""
 
 
 @dataclass(frozen=True, kw_only=True)

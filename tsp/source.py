@@ -67,6 +67,11 @@ class Source:
         return self.config.get_text_config(decoder=True).num_hidden_layers
 
     @property
+    def quantized_by(self) -> str | None:
+        """Who made its weights smaller, as transformers names them (`torchao`, `fp8`); None: nobody."""
+        return (getattr(self.config, "quantization_config", None) or {}).get("quant_method")
+
+    @property
     def max_positions(self) -> int:
         """The longest sequence that the model was made for; 2048 where its config does not say."""
         return getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
@@ -127,6 +132,11 @@ def check_drop(source: Source, dropped: Sequence[int]) -> None:
         ModelError: it cannot, and why.
     """
     kept = kept_layers(source.num_layers, dropped)
+    if source.quantized_by == "torchao":
+        raise ModelError(
+            f"{source.name} is quantized, each weight in several parts; drop layers of the model it was made from, "
+            "then quantize"
+        )
     needed = sorted(source.read_by_others.intersection(dropped))
     if needed:
         raise ModelError(

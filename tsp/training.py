@@ -1,7 +1,7 @@
 """The one training loop: batches, loss, backward, update -> a stream of step statistics.
 
 The order of the sequences depends on the seed alone, not on the number of ranks; a step sees the same global batch on
-any number of them, and its losses are means over that batch.
+any number of them, and its losses are means over that batch's tokens, of which not all need count (`targets.py`).
 """
 
 import itertools
@@ -16,9 +16,11 @@ from torch import Tensor
 from tsp.config import TrainConfig
 from tsp.engine import Engine
 from tsp.mounted import Mounted
+from tsp.targets import share
 
-# Takes tokens [b, T]; returns the parts of the loss, each `[]`; `total` is what is differentiated.
-LossFunction = Callable[[Tensor], dict[str, Tensor]]
+# Takes tokens [b, T] of a micro-batch, and the share of the whole step's targets that count (`targets.share`); returns
+# the parts of the loss, each `[]`; `total` is what is differentiated.
+LossFunction = Callable[[Tensor, float], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +71,12 @@ def train(
             return
         started = time.perf_counter()
         before_step(step, total)
-        mine = blocks_NT[_mine(engine, step_indices(len(blocks_NT), config.batch_size, step, seed))].to(engine.device)
+        indices = step_indices(len(blocks_NT), config.batch_size, step, seed)
+        counted = share(blocks_NT[indices])
+        mine = blocks_NT[_mine(engine, indices)].to(engine.device)
         sums: dict[str, Tensor] = {}
         for micro_batch in mine.chunk(num_micro_batches):
-            parts = loss(micro_batch)
+            parts = loss(micro_batch, counted)
             model.backward(parts["total"])
             model.end_micro_batch()
             for name, value in parts.items():

@@ -9,6 +9,7 @@ from tests.models import bench, job, sample, tiny_model
 from tsp.config import load_config, nest
 from tsp.methods import METHODS, TRANSFERS, preset, score_verb, transfer_verb
 from tsp.selection import cut
+from tsp.targets import marked
 
 LAYERS = 5
 FEW = {"stage1.steps": 3, "stage2.steps": 3, "train.batch_size": 8}
@@ -24,8 +25,14 @@ def config(method: str, **changes):
     return load_config([preset(method), *(nest(key, value) for key, value in few.items())])
 
 
-def scored(method: str, num_drop: int, protected=(), **changes):
-    made = bench(tiny_model(num_layers=LAYERS), text(), config(method, **changes), protected=protected)
+def replies() -> torch.Tensor:
+    """The same tokens, of which one in three is to be learned."""
+    return marked(text(), torch.arange(12).expand(16, 12) % 3 == 0)
+
+
+def scored(method: str, num_drop: int, protected=(), tokens=None, **changes):
+    blocks = text() if tokens is None else tokens
+    made = bench(tiny_model(num_layers=LAYERS), blocks, config(method, **changes), protected=protected)
     with made.engine.mounted(made.decoder.model) as made.model:
         return score_verb(method)(made, num_drop), made
 
@@ -68,6 +75,12 @@ class TestMethod:
         assert summary
         assert "\n" not in summary
 
+    def test_of_conversations_it_reads_all_and_looks_at_the_loss_of_replies(self, method):
+        num_drop = 0 if method == "dense" else 2
+        plain, of_replies = (scored(method, num_drop, tokens=blocks)[0].values for blocks in (text(), replies()))
+        by_loss = ("tsp", "trsp", "ppl", "sleb", "taylor")
+        assert (of_replies != plain) == (method in by_loss)
+
     @pytest.mark.parametrize("transfer", TRANSFERS)
     def test_it_goes_with_every_transfer(self, method, transfer):
         # Some put doomed layers into the layer before them, and layer 0 has none.
@@ -83,6 +96,16 @@ class TestMethod:
         assert made.decoder.bypassed == frozenset()
         assert not any(parameter.requires_grad for parameter in made.decoder.model.parameters())
         assert list(made.decoder.model.state_dict()) == list(tiny_model(num_layers=LAYERS).state_dict())
+
+
+@pytest.mark.parametrize("transfer", [name for name in TRANSFERS if TRANSFERS[name].verb])
+def test_a_transfer_looks_at_the_loss_of_replies_if_it_has_one(transfer):
+    weights = []
+    for blocks in (text(), replies()):
+        made = bench(tiny_model(num_layers=LAYERS), blocks, config("tsp", stage2__lr=1e-2))
+        transfer_verb(transfer)(made, (2,), save_dtype=torch.float32)
+        weights.append(torch.cat([tensor.flatten() for tensor in made.decoder.model.state_dict().values()]))
+    assert torch.equal(*weights) != TRANSFERS[transfer].trains
 
 
 def test_every_transfer_of_the_config_is_listed():

@@ -10,6 +10,7 @@ from tests.models import REPOSITORY, logits, make_identity, model_folder, sample
 from tsp.decoder import find_decoder
 from tsp.gates import Gates
 from tsp.penalties import distillation_loss, lm_loss
+from tsp.targets import IGNORED, marked
 
 pytestmark = pytest.mark.multiproc
 
@@ -94,6 +95,10 @@ def plan(num_ranks: int) -> dict[str, dict]:
         found[f"gradient-{placement}"] = case(
             "gradient", "plain", zero(3), settings, placement=placement, gates=START_GATES
         )
+    settings = {"train__batch_size": 16, "train__accumulation": 2}
+    found["gradient-replies"] = case(
+        "gradient", "plain", zero(3), settings, placement="residual", gates=START_GATES, text="replies"
+    )
     return found
 
 
@@ -106,7 +111,10 @@ def models():
 
 @pytest.fixture(scope="module")
 def text(models):
-    return {name: sample(model, 16, 16) for name, model in models.items()}
+    found = {name: sample(model, 16, 16) for name, model in models.items()}
+    # Tokens that count: more in each sequence than in the one before.
+    counts = torch.rand(16, 16, generator=torch.Generator().manual_seed(0)) < torch.linspace(0.1, 0.9, 16)[:, None]
+    return found | {"replies": marked(found["plain"], counts)}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +126,7 @@ def run(models, text, launch, tmp_path_factory):
     def start(name: str, cases: dict[str, dict], num_ranks: int, timeout_s: float) -> dict[str, dict]:
         for key, content in cases.items():
             model = content["model"]
-            content |= {"folder": folders[model], "blocks": text[model].tolist()}
+            content |= {"folder": folders[model], "blocks": text[content.get("text", model)].tolist()}
             content["tensors"] = str(place / f"{name}-{key}.pt")
         planned, output = place / f"plan-{name}.json", place / f"results-{name}.json"
         planned.write_text(json.dumps(cases))
@@ -309,20 +317,21 @@ def test_under_zero_3_each_rank_holds_about_half(of, models, dtype):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("placement", ["residual", "output"])
-def test_the_gates_gradient_is_that_of_plain_autograd(of, models, text, placement, num_ranks):
-    result = of(f"gradient-{placement}", num_ranks)
+@pytest.mark.parametrize("case", ["residual", "output", "replies"])
+def test_the_gates_gradient_is_that_of_plain_autograd(of, models, text, case, num_ranks):
+    result = of(f"gradient-{case}", num_ranks)
     decoder, ids = find_decoder(models["plain"]), text["plain"]
+    labels = torch.where(text["replies"] < 0, IGNORED, ids) if case == "replies" else ids
     values = torch.tensor(START_GATES, requires_grad=True)
 
     def emit(index):
         def hook(module, args, out):
-            return values[index] * out if placement == "output" else args[0] + values[index] * (out - args[0])
+            return values[index] * out if case == "output" else args[0] + values[index] * (out - args[0])
 
         return hook
 
     hooks = [layer.register_forward_hook(emit(index)) for index, layer in enumerate(decoder.layers)]
-    loss = decoder.model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss = decoder.model(input_ids=ids, labels=labels, use_cache=False).loss
     loss.backward()
     for hook in hooks:
         hook.remove()

@@ -94,7 +94,7 @@ def gradient(bench: Bench, case: dict) -> dict:
             bench.config.train,
             num_steps=1,
             seed=0,
-            loss=lambda ids: {"total": lm_loss(model(ids), ids)},
+            loss=lambda ids, share: {"total": lm_loss(model(ids), ids, share)},
         )
         [step] = stats
     return {"gradient": bench.engine.mean(gates.values.grad).tolist(), "loss": step.losses["total"]}

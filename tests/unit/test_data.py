@@ -17,7 +17,7 @@ from tsp.errors import DataError
 
 BOS, UNKNOWN = 0, 1
 WORDS = [f"w{number}" for number in range(50)]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+TEMPLATE = "{{ bos_token }} {% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
 @pytest.fixture(scope="module")

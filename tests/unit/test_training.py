@@ -49,9 +49,9 @@ def gradients(accumulation: int) -> tuple[torch.Tensor, float, int]:
     gates.values = torch.linspace(0.5, 1, 5).requires_grad_(True)
     with own.mounted(decoder.model) as model, gates.attached():
 
-        def loss(ids):
+        def loss(ids, share):
             calls.append(len(ids))
-            return {"total": lm_loss(model(ids), ids)}
+            return {"total": lm_loss(model(ids), ids, share)}
 
         [stats] = train(own, model, tokens(16, 12), config.train, num_steps=1, seed=0, loss=loss)
     assert calls == [8 // accumulation] * accumulation
@@ -79,7 +79,7 @@ def trained_weights(accumulation: int) -> torch.Tensor:
             config.train,
             num_steps=3,
             seed=0,
-            loss=lambda ids: {"total": lm_loss(trained(ids), ids)},
+            loss=lambda ids, share: {"total": lm_loss(trained(ids), ids, share)},
             before_step=lambda step, num_steps: trained.set_lr(1e-3),
         )
         assert len(list(stats)) == 3
@@ -98,7 +98,7 @@ def test_hooks_are_called_around_the_passes_and_losses_are_means():
     config, order = job(train__accumulation=2), []
     own, model = engine(config), tiny_model(num_layers=1)
 
-    def loss(ids):
+    def loss(ids, share):
         order.append("loss")
         return {"total": ids.float().mean(), "half": ids.float().mean() / 2}
 
@@ -132,7 +132,7 @@ def test_a_training_in_seconds_ends_when_they_are_over(monkeypatch):
         num_steps=1000,
         seconds=20.0,
         seed=0,
-        loss=lambda ids: {"total": ids.float().mean()},
+        loss=lambda ids, share: {"total": ids.float().mean()},
         before_step=lambda step, num_steps: seen.append((step, num_steps)),
     )
     assert abs(len(list(stats)) - 20) <= 1
@@ -151,6 +151,6 @@ def test_a_training_in_seconds_does_two_steps_at_least():
         num_steps=1000,
         seconds=1e-9,
         seed=0,
-        loss=lambda ids: {"total": ids.float().mean()},
+        loss=lambda ids, share: {"total": ids.float().mean()},
     )
     assert len(list(stats)) == 2

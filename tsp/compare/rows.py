@@ -29,7 +29,17 @@ _NAMES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 """What a row may be called by, beside the settings."""
 
 # What two repetitions may differ in: names, what is measured and how fast, and what a table or a group has in common.
-_OF_THE_FRAME = ("tracking.", "eval.", "model.path", "model.dtype", "model.revision", "budget_s", "save", "seed")
+_OF_THE_FRAME = (
+    "tracking.",
+    "eval.",
+    "model.path",
+    "model.dtype",
+    "model.revision",
+    "budget_s",
+    "save",
+    "quantize",
+    "seed",
+)
 # The layers that went are counted; the ratio is only one way to ask for them.
 _ASKED_FOR = ("prune.ratio", "prune.num_drop")
 

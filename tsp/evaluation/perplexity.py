@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tsp.evaluation.windows import per_window
 from tsp.records import Perplexity
+from tsp.targets import IGNORED, targets
 
 
 def window_losses(forward: Callable[[Tensor], Tensor], blocks_NT: Tensor, **sharing: Any) -> Tensor:
@@ -26,9 +27,11 @@ def window_losses(forward: Callable[[Tensor], Tensor], blocks_NT: Tensor, **shar
 
 
 def mean_losses(logits_bTV: Tensor, tokens_bT: Tensor) -> Tensor:
-    """Mean cross-entropy of each window of a batch, `[b, 1]` fp64, nats per token."""
-    each = F.cross_entropy(logits_bTV[:, :-1].flatten(0, 1).float(), tokens_bT[:, 1:].flatten(), reduction="none")
-    return each.view(len(tokens_bT), -1).double().mean(dim=1, keepdim=True)
+    """Mean cross-entropy of each window of a batch over its tokens that count, `[b, 1]` fp64, nats per token."""
+    wanted = targets(tokens_bT)
+    each = F.cross_entropy(logits_bTV[:, :-1].flatten(0, 1).float(), wanted.flatten(), reduction="none")
+    num_counted = (wanted != IGNORED).sum(dim=1, keepdim=True)
+    return each.view(len(tokens_bT), -1).double().sum(dim=1, keepdim=True) / num_counted
 
 
 def perplexity(losses_N: Tensor, block_tokens: int) -> Perplexity:

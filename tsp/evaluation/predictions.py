@@ -3,6 +3,7 @@
 Legend: N windows, b of them at a time, T tokens, S slices and the whole text before them, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,14 @@ class Reference:
         """`[N, T - 1]` bool: where."""
         self.logits: dict[int, Tensor] = {}
         """By window, `[p, V]`."""
+
+    def own(self) -> "Reference":
+        """The same logits, with no position in the windows that other ranks have measured."""
+        own = copy.copy(self)
+        others = torch.ones(len(self.compared), dtype=torch.bool)
+        others[list(self.logits)] = False
+        own.compared = self.compared & ~others[:, None]
+        return own
 
 
 def spread_positions(total: int, wanted: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Everything that is measured on one state of a model in memory: `evaluate_state`, in a job and in `tsp evaluate`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,13 @@ class Exam:
     tasks: Tasks | None = None
     references: dict[str, Reference] = field(default_factory=dict)
     """By corpus; the dense model's predictions."""
+
+    def alone(self) -> "Exam":
+        """The same for this rank without the others; it compares with what it has of the dense model's predictions."""
+        sharing = {**self.sharing, "rank": 0, "world_size": 1, "total": lambda values: values}
+        return replace(
+            self, sharing=sharing, references={name: reference.own() for name, reference in self.references.items()}
+        )
 
 
 def evaluate_state(exam: Exam, forward: Callable[[Tensor], Tensor], state: str) -> Evaluation:
@@ -65,18 +72,22 @@ def evaluate_state(exam: Exam, forward: Callable[[Tensor], Tensor], state: str) 
             **exam.sharing,
             name=f"generate {_spoken(state)}",
         )
-    speed = None
-    if config.speed_runs:
-        prompt = first.flatten()[: min(2048, exam.max_positions)].to(exam.sharing["device"])
-        speed = prompt_tokens_per_s(forward, prompt, config.speed_runs)
     return Evaluation(
         perplexity=perplexities,
-        prompt_tokens_per_s=speed,
+        prompt_tokens_per_s=prompt_speed(exam, forward),
         fidelity=fidelities,
         slices=slices,
         continuations=continuations,
         tasks=task_metrics(exam.tasks, forward, exam.sharing) if exam.tasks else {},
     )
+
+
+def prompt_speed(exam: Exam, forward: Callable[[Tensor], Tensor]) -> float | None:
+    """Tokens per second of the exam's prompt; arguments as those of `evaluate_state`. None: not to be measured."""
+    if not exam.config.speed_runs:
+        return None
+    prompt = exam.corpora[0].blocks.flatten()[: min(2048, exam.max_positions)].to(exam.sharing["device"])
+    return prompt_tokens_per_s(forward, prompt, exam.config.speed_runs)
 
 
 def _spoken(state: str) -> str:

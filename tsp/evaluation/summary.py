@@ -14,7 +14,8 @@ def summarise(states: States) -> dict[str, Any]:
     """Compare states.
 
     Args:
-        states: by name. `dense`, where it is among them, is what the others are compared with; the last is judged.
+        states: by name. `dense`, where it is among them, is what the others are compared with; `pruned` is
+            judged, or else the last.
 
     Returns:
         `perplexity`, `ppl_interval`, `ppl_ratio_interval`, `fidelity`: `{corpus: {state: ...}}`; `slices`:
@@ -46,7 +47,7 @@ def summarise(states: States) -> dict[str, Any]:
             for corpus in corpora
         },
         "slices": slices,
-        "worst_slice": _worst(slices, list(states)[-1]),
+        "worst_slice": _worst(slices, "pruned" if "pruned" in states else list(states)[-1]),
         "generation": _generation(states),
         "tasks": {task: {state: evaluation.tasks[task] for state, evaluation in states.items()} for task in tasks},
         "speed": {

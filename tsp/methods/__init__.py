@@ -118,6 +118,16 @@ def refuse_nonsense(config: "JobConfig") -> None:
         raise ConfigError(
             f"transfer {config.transfer} trains nothing with stage2.trainable none; give lora or full, or transfer=none"
         )
+    if config.quantize and not config.save:
+        raise ConfigError(
+            f"quantize {config.quantize} starts from the pruned checkpoint, got save false, which writes none; "
+            "leave one of them out"
+        )
+    if config.quantize and config.prune.method == "dense":
+        raise ConfigError(
+            f"quantize {config.quantize} starts from the pruned checkpoint, and prune.method dense writes none; "
+            "leave it out"
+        )
 
 
 def _function(path: str) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ its children, or filter with `tags."tsp.kind" = "job"`.
 |---|---|
 | `ppl_ratio` | perplexity after / before, the worst corpus: 1 is no loss |
 | `eval/<corpus>/ppl_dense`, `.../ppl_bare_drop`, `.../ppl_pruned` | before; only dropped; at the end |
+| `eval/<corpus>/ppl_quantized`, `.../ppl_pruned_quantized` | the dense and the pruned model in int8 (`--quantize`) |
 | `eval/<corpus>/ppl_ratio_low`, `..._high` | 95 % interval of the ratio |
 | `tune/loss` | loss on text set aside for choosing settings; it is never text of a result |
 | `stage1/gate/layer_007`, `stage2/gate/layer_007` | gate of a layer by step: 1 is the dense model, 0 is bypassed |

@@ -92,8 +92,8 @@ def _run(bench: Bench, gates: Gates, steps: int, update: Callable[[int], None], 
     assert bench.model is not None
     model = bench.model
 
-    def loss(tokens_BT: Tensor) -> dict[str, Tensor]:
-        lm = lm_loss(model(tokens_BT), tokens_BT)
+    def loss(tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
+        lm = lm_loss(model(tokens_BT), tokens_BT, share)
         alive = [index for index in range(len(gates.values)) if index not in bench.decoder.bypassed]
         l1 = config.stage1.lambda1 * gates.values[alive].abs().sum()
         # A proximal step has the penalty in its update, and a budget has none.

@@ -99,7 +99,7 @@ def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: C
             own_gates.step()
             own_gates.zero_grad()
 
-    def loss(tokens_BT: Tensor) -> dict[str, Tensor]:
+    def loss(tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
         dense_BTV = teacher(tokens_BT) if config.task.distill else None
         gates.gaps.clear()
         logits_BTV = model(tokens_BT)
@@ -109,9 +109,9 @@ def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: C
         parts = {"gap": sum(gaps.values(), start=logits_BTV.new_zeros((), dtype=torch.float32)) * config.lambda2}
         # Without a weight it is for the record only.
         only_shown = dense_BTV is not None and not config.task.lm
-        parts["lm"] = lm_loss(logits_BTV.detach() if only_shown else logits_BTV, tokens_BT)
+        parts["lm"] = lm_loss(logits_BTV.detach() if only_shown else logits_BTV, tokens_BT, share)
         if dense_BTV is not None:
-            parts["distill"] = distillation_loss(logits_BTV, dense_BTV, config.temperature)
+            parts["distill"] = distillation_loss(logits_BTV, dense_BTV, config.temperature, tokens_BT, share)
         total = config.task.lm * parts["lm"] + config.task.distill * parts.get("distill", 0.0) + parts["gap"]
         return {"total": total, **parts}
 
