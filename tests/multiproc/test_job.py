@@ -1,6 +1,7 @@
 """The whole job through the real launcher: result, store, registered model; and what it does with wrong input."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from tests.models import REPOSITORY, corpus_file, make_identity, model_folder, sample, tiny_model
+from tests.models import job as config_of
 from tsp.decoder import find_decoder
+from tsp.job import prepare
 
 pytestmark = pytest.mark.multiproc
 
@@ -187,6 +190,43 @@ def test_the_registered_model_generates(job, client):
     words = line.split()
     assert int(words[1]) == LAYERS - 2
     assert len(words) > 5, "something was written"
+
+
+def test_a_number_of_layers_that_two_ranks_find(inputs, launch, tmp_path):
+    """Held against a plain loop over the saved models, on the text that the job set aside."""
+    from transformers import AutoModelForCausalLM
+
+    model, corpus = inputs
+    few = SETTINGS | {"eval.prompts": 0, "eval.generation_runs": 0, "stage1.steps": 3, "stage2.steps": 2}
+    done = launch(
+        REPOSITORY / "launchers/prune.py",
+        *("--ds", REPOSITORY / "ds_configs/zero3.json", "--model", model, "--data", corpus, "--no-register"),
+        *("--max-ppl-ratio", "1.3", "--output", tmp_path / "out"),
+        *(word for key, value in few.items() for word in ("--set", f"{key}={value}")),
+        num_ranks=2,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    ratios = {row["num_drop"]: row["ppl_ratio"] for row in result["curve"]}
+    assert ratios[len(result["dropped"])] <= 1.3 < ratios[len(result["dropped"]) + 1]
+    assert "numbers of layers that were tried" in done.stdout
+    settings = {"model__path": str(model), "data__source": str(corpus), "eval__block_tokens": 16}
+    tuning = prepare(
+        config_of(**settings, data__tuning_blocks=32),
+        REPOSITORY / "ds_configs/zero3.json",
+        None,
+        root=tmp_path,
+        world_size=1,
+    ).tuning
+    losses = {}
+    for folder in (str(model), result["checkpoint"]):
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            each = [plain(input_ids=row[None], labels=row[None]).loss for row in tuning]
+        losses[folder] = float(torch.stack(each).double().mean())
+    ratio = math.exp(losses[result["checkpoint"]] - losses[str(model)])
+    assert ratio == pytest.approx(ratios[len(result["dropped"])], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ _NAMES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 # What two repetitions may differ in: names, what is measured and how fast, and what a table or a group has in common.
 _OF_THE_FRAME = ("tracking.", "eval.", "model.path", "model.dtype", "model.revision", "budget_s", "save", "seed")
 # The layers that went are counted; the ratio is only one way to ask for them.
-_ASKED_FOR = ("prune.ratio", "prune.num_drop")
+_ASKED_FOR = ("prune.ratio", "prune.num_drop", "prune.max_ppl_ratio", "prune.min_speedup")
 
 
 @dataclass(frozen=True, kw_only=True)

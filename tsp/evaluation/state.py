@@ -10,7 +10,7 @@ from tsp.config import EvalConfig
 from tsp.data import Corpus
 from tsp.evaluation.generation import greedy_continuations
 from tsp.evaluation.predictions import Reference, measure_predictions
-from tsp.evaluation.speed import prompt_tokens_per_s
+from tsp.evaluation.speed import prompt_of, prompt_tokens_per_s
 from tsp.evaluation.zero_shot import Tasks, task_metrics
 from tsp.records import Evaluation
 
@@ -67,7 +67,7 @@ def evaluate_state(exam: Exam, forward: Callable[[Tensor], Tensor], state: str) 
         )
     speed = None
     if config.speed_runs:
-        prompt = first.flatten()[: min(2048, exam.max_positions)].to(exam.sharing["device"])
+        prompt = prompt_of(first, exam.max_positions).to(exam.sharing["device"])
         speed = prompt_tokens_per_s(forward, prompt, config.speed_runs)
     return Evaluation(
         perplexity=perplexities,
