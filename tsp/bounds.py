@@ -165,11 +165,9 @@ class Search:
         most_within(bound, ratio_of, first, self._last)
         if best is not None:
             return best
-        measured = [(row["ppl_ratio"], num_drop) for num_drop, row in self._curve.items() if row]
-        if not measured:
-            assert self._refusal is not None
+        if self._refusal is not None and not any(self._curve.values()):
             raise self._refusal
-        least, num_drop = min(measured)
+        least, num_drop = min((row.get("ppl_ratio", math.inf), num_drop) for num_drop, row in self._curve.items())
         raise BoundError(
             f"{bound_of(prune)} cannot be kept: the least that was measured, on the tuning text, is {least:.4f} times "
             f"the dense model's perplexity, without {num_drop} of {self.job.source.num_layers} layers; allow more, or "
@@ -194,7 +192,7 @@ class Search:
                 selected = choose(bench, job, self.shared, self.watch)
                 ratio = bare = ratio_without(selected[1].doomed)
         except (ConfigError, ModelError) as error:
-            log.info("%d layers cannot go: %s", num_drop, error)
+            log.info("%d of %d layers cannot go: %s", num_drop, job.source.num_layers, error)
             self._curve[num_drop], self._refusal = {}, error
             return None, math.inf
         bench.model, weights = None, None
@@ -214,6 +212,8 @@ class Search:
         return bench.loss_without(bypassed, self.job.tuning, "tuning text")
 
     def _tell(self, num_drop: int, **measured: float) -> None:
+        measured = {name: value for name, value in measured.items() if math.isfinite(value)}
         self._curve[num_drop] = measured
         self.tracker.metrics({f"bound/{name}": value for name, value in measured.items()}, step=num_drop)
-        log.info("%d layers: %s", num_drop, ", ".join(f"{name} {value:.4f}" for name, value in measured.items()))
+        words = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        log.info("without %d of %d layers: %s", num_drop, self.job.source.num_layers, words)

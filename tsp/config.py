@@ -104,13 +104,15 @@ def number_to_drop(config: PruneSection, num_layers: int) -> int | None:
     """How many layers go, in [1, L - 1]; 0 for the method `dense`; None: the job finds it under a bound.
 
     Raises:
-        ConfigError: the ratio gives none, or nothing would be left.
+        ConfigError: the ratio, also as the beginning of a search, gives none, or nothing would be left.
     """
     if config.method == "dense":
         return 0
     if bound_of(config) is not None:
         if num_layers < 2:
             raise ConfigError(f"{bound_of(config)} needs a model of at least 2 layers, got {num_layers}")
+        if config.max_ppl_ratio is not None:
+            number_by_ratio(config, num_layers)
         return None
     if config.drop is not None:
         return len(config.drop)

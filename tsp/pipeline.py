@@ -108,6 +108,7 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
     with engine.restored(decoder.model) if shared.more_to_come and transfer else nullcontext():
         if trial is not None and trial.weights is not None:
             put_back(trial.weights)
+            trial = None  # Frees host memory.
         elif transfer is not None:
             bench.seconds_left = job.config.budget_s and job.config.budget_s - watch.seconds["select"]
             with watch("transfer"):

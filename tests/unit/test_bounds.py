@@ -67,6 +67,8 @@ def test_a_bound_leaves_the_number_open():
     assert number_to_drop(PruneSection(max_ppl_ratio=1.1), 16) is None
     assert number_to_drop(PruneSection(min_speedup=1.1), 16) is None
     assert number_to_drop(PruneSection(method="dense"), 16) == 0
+    with pytest.raises(ConfigError, match="prune.ratio drops 0 of 16 layers"):
+        number_to_drop(PruneSection(max_ppl_ratio=1.1, ratio=0.01), 16)
     with pytest.raises(ConfigError, match="prune.min_speedup 1.1 needs a model of at least 2 layers, got 1"):
         number_to_drop(PruneSection(min_speedup=1.1), 1)
 
@@ -109,7 +111,7 @@ def done(given, root):
     """Runs a job in this process."""
 
     def run(shared=None, stage=0, **settings):
-        config = config_of(**given, **settings)
+        config = config_of(**given | settings)
         job = prepare(config, DS, None, root=root, world_size=1)
         return run_job(job, engine(config, stage), root, shared or Shared())[0]
 
@@ -167,8 +169,12 @@ def test_the_fewest_layers_that_are_fast_enough(done):
             {"prune__max_ppl_ratio": 1.0001, "prune__protect_first": 5},
             "prune.max_ppl_ratio 1.0001 cannot be kept: .*1 of 6",
         ),
+        (
+            {"prune__max_ppl_ratio": 9.0, "transfer": "finetune", "stage2__lr": 1e30, "stage2__trainable": "full"},
+            "prune.max_ppl_ratio 9 cannot be kept: the least that was measured, on the tuning text, is inf times",
+        ),
     ],
-    ids=["speed", "perplexity"],
+    ids=["speed", "perplexity", "no number"],
 )
 def test_a_bound_that_cannot_be_reached_is_measured_and_refused(done, root, settings, message):
     from mlflow import MlflowClient
@@ -176,7 +182,7 @@ def test_a_bound_that_cannot_be_reached_is_measured_and_refused(done, root, sett
     from tsp.tracking.store import resolve_uri
 
     with pytest.raises(BoundError, match=message) as caught:
-        done(prune__method="ppl", transfer="none", tracking__experiment="refused", **settings)
+        done(**{"prune__method": "ppl", "transfer": "none", "tracking__experiment": "refused"} | settings)
     assert caught.value.exit_code == 3
     client = MlflowClient(resolve_uri(root))
     experiment = client.get_experiment_by_name("refused").experiment_id
