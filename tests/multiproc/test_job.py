@@ -197,11 +197,17 @@ def test_a_number_of_layers_that_two_ranks_find(inputs, launch, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model, corpus = inputs
-    few = SETTINGS | {"eval.prompts": 0, "eval.generation_runs": 0, "stage1.steps": 3, "stage2.steps": 2}
+    few = SETTINGS | {
+        "eval.prompts": 0,
+        "eval.generation_runs": 0,
+        "stage2.steps": 2,
+        "stage2.lr": 1e-3,
+        "transfer": "stage2",
+    }
     done = launch(
         REPOSITORY / "launchers/prune.py",
         *("--ds", REPOSITORY / "ds_configs/zero3.json", "--model", model, "--data", corpus, "--no-register"),
-        *("--max-ppl-ratio", "1.3", "--output", tmp_path / "out"),
+        *("--method", "sleb", "--max-ppl-ratio", "1.3", "--set", "prune.ratio=0.5", "--output", tmp_path / "out"),
         *(word for key, value in few.items() for word in ("--set", f"{key}={value}")),
         num_ranks=2,
         cwd=tmp_path,
@@ -227,6 +233,23 @@ def test_a_number_of_layers_that_two_ranks_find(inputs, launch, tmp_path):
         losses[folder] = float(torch.stack(each).double().mean())
     ratio = math.exp(losses[result["checkpoint"]] - losses[str(model)])
     assert ratio == pytest.approx(ratios[len(result["dropped"])], rel=1e-4)
+
+
+def test_a_speed_that_cannot_be_reached_ends_with_exit_code_3(inputs, launch, tmp_path):
+    model, corpus = inputs
+    done = launch(
+        REPOSITORY / "launchers/prune.py",
+        *("--model", model, "--data", corpus, "--method", "tail", "--min-speedup", "40", "--output", tmp_path / "out"),
+        *("--set", "data.block_tokens=16", "--set", "eval.block_tokens=16", "--set", "eval.speed_runs=1"),
+        num_ranks=2,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 3, done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "prune.min_speedup 40 cannot be reached: the most that was measured is" in errors[0]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["job.log"], "nothing is saved"
 
 
 @pytest.mark.parametrize(
