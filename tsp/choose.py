@@ -8,10 +8,11 @@ from typing import Any
 from tsp import selection
 from tsp.data import evenly_spread
 from tsp.job import Job
-from tsp.methods import METHODS, is_nested, score_verb
+from tsp.methods import METHODS, is_nested, score_verb, transfer_check
 from tsp.methods.base import Bench
 from tsp.records import Scores, Selection
 from tsp.shared import Shared, Stopwatch
+from tsp.source import check_drop
 
 log = logging.getLogger("tsp")
 
@@ -28,7 +29,7 @@ _AFTER_THE_ORDER = {
     "quantize",
     "seed",
 }
-_OF_THE_CUT = {"ratio", "num_drop", "drop", "verify_blocks", "swap_rounds"}
+_OF_THE_CUT = {"ratio", "num_drop", "drop", "max_ppl_ratio", "min_speedup", "verify_blocks", "swap_rounds"}
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,16 @@ class _Trace:
 
 
 def choose(bench: Bench, job: Job, shared: Shared, watch: Stopwatch) -> tuple[Scores, Selection]:
-    """The scores and the selection; the model is mounted."""
+    """The scores and the selection; the model is mounted.
+
+    Raises:
+        ConfigError, ModelError: the method finds no such number of layers, or these cannot go.
+    """
     scores = _given(job) if job.config.prune.drop is not None else _score(bench, job, shared, watch)
-    return scores, _select(bench, job, scores, shared, watch)
+    chosen = _select(bench, job, scores, shared, watch)
+    check_drop(job.source, chosen.doomed)
+    transfer_check(job.config.transfer)(bench, chosen.doomed)
+    return scores, chosen
 
 
 def _given(job: Job) -> Scores:
@@ -75,6 +83,7 @@ def _score(bench: Bench, job: Job, shared: Shared, watch: Stopwatch) -> Scores:
     if not made_here:
         for step, values in trace.logged:
             bench.tracker.metrics(values, step)
+        bench.logged = list(trace.logged)
         bench.gate_history = list(trace.gate_history)
         bench.global_step = trace.logged[-1][0] + 1 if trace.logged else 0
         bench.trained_tokens = trace.trained_tokens

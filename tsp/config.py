@@ -103,20 +103,35 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def number_to_drop(config: PruneSection, num_layers: int) -> int:
-    """How many layers go, in [1, L - 1]; 0 for the method `dense`.
+def number_to_drop(config: PruneSection, num_layers: int) -> int | None:
+    """How many layers go, in [1, L - 1]; 0 for the method `dense`; None: the job finds it under a bound.
 
     Raises:
-        ConfigError: the ratio gives none, or nothing would be left.
+        ConfigError: the ratio, also as the beginning of a search, gives none, or nothing would be left.
     """
     if config.method == "dense":
         return 0
+    if bound_of(config) is not None:
+        if num_layers < 2:
+            raise ConfigError(f"{bound_of(config)} needs a model of at least 2 layers, got {num_layers}")
+        if config.max_ppl_ratio is not None:
+            number_by_ratio(config, num_layers)
+        return None
     if config.drop is not None:
         return len(config.drop)
     if config.num_drop is not None:
         if config.num_drop >= num_layers:
             raise ConfigError(f"prune.num_drop must be in [1, {num_layers - 1}], got {config.num_drop}")
         return config.num_drop
+    return number_by_ratio(config, num_layers)
+
+
+def number_by_ratio(config: PruneSection, num_layers: int) -> int:
+    """How many layers the ratio means; a search under `max_ppl_ratio` begins with it.
+
+    Raises:
+        ConfigError: none, or nothing would be left.
+    """
     num_drop = math.floor(config.ratio * num_layers + 0.5)
     if not 1 <= num_drop < num_layers:
         raise ConfigError(
@@ -124,6 +139,14 @@ def number_to_drop(config: PruneSection, num_layers: int) -> int:
             f"allowed is [0.5/{num_layers}, {num_layers - 0.5}/{num_layers})"
         )
     return num_drop
+
+
+def bound_of(config: PruneSection) -> str | None:
+    """The bound under which the job finds the number of layers, `prune.max_ppl_ratio 1.1`; None: there is none."""
+    for name in ("max_ppl_ratio", "min_speedup"):
+        if getattr(config, name) is not None:
+            return f"prune.{name} {getattr(config, name):g}"
+    return None
 
 
 def _merge(base: dict[str, Any], layer: Mapping[str, Any]) -> None:

@@ -32,9 +32,10 @@ from tsp.errors import TspError
 from tsp.machine import (
     GIB,
     compiled_cpu_op,
+    copied_weights,
     held_bytes,
-    held_part,
     peak_gib,
+    put_back,
     ranks_on_this_node,
     start_peak,
     weights_dtype,
@@ -218,16 +219,11 @@ class Engine:
     @contextmanager
     def restored(self, model: nn.Module) -> Iterator[None]:
         """When the block ends the weights are what they were; each rank keeps a copy of its part in host memory."""
-        parameters: Iterable[Any] = model.parameters()
-        kept = [(parameter, held_part(parameter).detach().to("cpu", copy=True)) for parameter in parameters]
+        kept = copied_weights(model)
         try:
             yield
         finally:
-            for parameter, values in kept:
-                if hasattr(parameter, "ds_id") and parameter.data.numel():
-                    # ZeRO-3 leaves small parameters whole beside their shards.
-                    parameter.partition(has_been_updated=False)
-                held_part(parameter).data.copy_(values)
+            put_back(kept)
             model.requires_grad_(False)
 
     def sum(self, values: Tensor) -> Tensor:

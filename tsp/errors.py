@@ -25,5 +25,11 @@ class DataError(TspError):
     exit_code = 2
 
 
+class BoundError(TspError):
+    """A bound that no number of layers keeps, as measured."""
+
+    exit_code = 3
+
+
 class TrackingError(TspError):
     """The tracking store or the registry cannot be used."""

@@ -8,7 +8,7 @@ The jobs of a sweep are prepared by one `Preparation`, which opens each model an
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,18 @@ class Job:
 
     @property
     def num_drop(self) -> int:
+        assert self.plan.num_drop is not None, "known, or found by now"
         return self.plan.num_drop
+
+    def dropping(self, num_drop: int) -> "Job":
+        """The same job with its number of layers known."""
+        plan = replace(self.plan, num_drop=num_drop)
+        return replace(self, plan=plan, trace_to=max(self.trace_to, num_drop))
+
+    @property
+    def candidates(self) -> list[int]:
+        """Layers that may go."""
+        return [index for index in range(self.source.num_layers) if index not in self.protected]
 
     @property
     def protected(self) -> frozenset[int]:
@@ -129,7 +140,7 @@ class Preparation:
             output=output,
             command=" ".join(sys.argv),
             varied=varied or {},
-            trace_to=plan.num_drop,
+            trace_to=plan.num_drop or 0,
         )
 
     def _source(self, config: JobConfig) -> Source:
@@ -148,6 +159,9 @@ class Preparation:
 
     def _check_layers(self, config: JobConfig, source: Source) -> None:
         num_drop = number_to_drop(config.prune, source.num_layers)
+        if num_drop is None:
+            # Any number that is tried is checked then; one layer at least has to be able to go.
+            num_drop = 1
         dropped = config.prune.drop
         if num_drop == 0:
             return
@@ -157,7 +171,7 @@ class Preparation:
             candidates = [index for index in range(source.num_layers) if index not in _protected(config, source)]
             selection.cut(candidates, num_drop)
             # It is not known yet which will go; a model that cannot lose just any is refused now.
-            dropped = tuple(candidates[(2 * n + 1) * len(candidates) // (2 * num_drop)] for n in range(num_drop))
+            dropped = selection.spread(candidates, num_drop)
         key = (config.model.model_dump_json(), tuple(dropped))
         if key not in self._droppable:
             check_drop(source, dropped)

@@ -3,13 +3,17 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tsp.config import JobConfig
+
+Weights = list[tuple[Any, Tensor]]
+"""Parameters, and values that they had."""
 
 GIB = 2**30
 CPU_OP = "deepspeed_shm_comm"
@@ -63,6 +67,21 @@ def compiled_cpu_op() -> Path | None:
 def held_part(parameter: Any) -> Tensor:
     """What this rank holds of a parameter: its shard under ZeRO-3, else all of it."""
     return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter
+
+
+def copied_weights(model: nn.Module) -> Weights:
+    """A copy of what this rank holds of a model's parameters, in host memory."""
+    parameters: Iterable[Any] = model.parameters()
+    return [(parameter, held_part(parameter).detach().to("cpu", copy=True)) for parameter in parameters]
+
+
+def put_back(weights: Weights) -> None:
+    """Give the parameters of `copied_weights` the values that they had."""
+    for parameter, values in weights:
+        if hasattr(parameter, "ds_id") and parameter.data.numel():
+            # ZeRO-3 leaves small parameters whole beside their shards.
+            parameter.partition(has_been_updated=False)
+        held_part(parameter).data.copy_(values)
 
 
 def held_bytes(parameter: Tensor) -> int:

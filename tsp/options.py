@@ -27,6 +27,8 @@ _FIELDS = {
     "ratio": "prune.ratio",
     "num_drop": "prune.num_drop",
     "drop": "prune.drop",
+    "max_ppl_ratio": "prune.max_ppl_ratio",
+    "min_speedup": "prune.min_speedup",
     "experiment": "tracking.experiment",
     "run_name": "tracking.run_name",
     "register": "tracking.register_as",
@@ -53,6 +55,10 @@ def _between_commas(context: click.Context, parameter: click.Parameter, words: t
     return tuple(name for word in words for name in word.split(",") if name)
 
 
+_TUNING_BLOCKS = 32
+"""On which `--max-ppl-ratio` measures unless another number is given."""
+_AMOUNTS = ("ratio", "num_drop", "drop", "max_ppl_ratio", "min_speedup")
+
 # Also those of `tsp evaluate`.
 slices_option = click.option("--slices", metavar="FILE", help="YAML that names parts of the text to measure alone.")
 tasks_option = click.option(
@@ -76,6 +82,14 @@ _OPTIONS = [
     click.option("--ratio", type=OneOrMore(float), help="Share of the layers to drop [0.25]; a,b: a sweep."),
     click.option("--num-drop", type=int, help="Number of layers to drop."),
     click.option("--drop", metavar="3,7,9", help="Drop exactly these 0-based layers."),
+    click.option(
+        "--max-ppl-ratio",
+        type=OneOrMore(float),
+        help="Drop as many layers as keep perplexity, after the transfer, within so many times the dense model's.",
+    ),
+    click.option(
+        "--min-speedup", type=OneOrMore(float), help="Drop as few layers as make a prompt so many times as fast."
+    ),
     click.option("--config", type=click.Path(path_type=Path), help="YAML that states what differs from the defaults."),
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Dotted config key; repeatable."),
     click.option("--experiment", help="MLflow experiment [tsp]."),
@@ -185,10 +199,13 @@ def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
     known = load_config(stated)
     layers = [_method_preset(known.prune.method), *stated]
     if known.prune.method == "dense":
-        layers.append({"prune": {"ratio": 0.25, "num_drop": None, "drop": None}})
+        layers.append({"prune": {"ratio": 0.25, **dict.fromkeys(_AMOUNTS[1:])}})
     if known.model.path is None:
         layers.insert(0, read_yaml(Path(__file__).parent / "demo" / "prune.yaml"))
-    config = load_config([{"tracking": {"register_model": not sweep}}, *layers])
+    weakest: dict[str, Any] = {"tracking": {"register_model": not sweep}}
+    if known.prune.max_ppl_ratio is not None:
+        weakest["data"] = {"tuning_blocks": _TUNING_BLOCKS}
+    config = load_config([weakest, *layers])
     refuse_nonsense(config)
     return config
 
@@ -205,9 +222,10 @@ def _method_preset(method: str) -> dict[str, Any]:
 
 
 def _refuse_contradictions(options: Mapping[str, Any]) -> None:
-    amounts = [f"--{name.replace('_', '-')}" for name in ("ratio", "num_drop", "drop") if options[name] is not None]
+    flags = {name: f"--{name.replace('_', '-')}" for name in _AMOUNTS}
+    amounts = [flag for name, flag in flags.items() if options[name] is not None]
     if len(amounts) > 1:
-        raise ConfigError(f"give one of --ratio, --num-drop and --drop, got {' and '.join(amounts)}")
+        raise ConfigError(f"give one of {', '.join(flags.values())}, got {' and '.join(amounts)}")
     if options["register"] and options["no_register"]:
         raise ConfigError("give one of --register and --no-register, got both")
 

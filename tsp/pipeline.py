@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tsp.bounds import Search, Trial
 from tsp.checkpoint import load, prove, save_without
 from tsp.choose import choose
 from tsp.config import ModelConfig
@@ -23,6 +24,7 @@ from tsp.engine import Engine
 from tsp.errors import ModelError
 from tsp.evaluation.state import Exam, evaluate_state
 from tsp.job import Job
+from tsp.machine import put_back
 from tsp.methods import transfer_check, transfer_verb
 from tsp.methods.base import Bench
 from tsp.outcome import Outcome, open_run, publish
@@ -30,7 +32,7 @@ from tsp.progress import logging_to
 from tsp.quantize import Quantized, in_int8
 from tsp.records import DropReport, Evaluation, Scores, Selection
 from tsp.shared import Shared, Stopwatch
-from tsp.source import Source, check_drop, open_source
+from tsp.source import Source, open_source
 from tsp.tracking.null import NullTracker
 from tsp.tracking.run import Tracker
 
@@ -92,24 +94,23 @@ def run_job(
 
 def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path, shared: Shared) -> dict[str, Any]:
     watch, started = Stopwatch(), time.perf_counter()
-    load_model = partial(_load, job, engine)
-    decoder = shared.once("model", watch, "load", load_model)
+    decoder = shared.once("model", watch, "load", partial(_load, job, engine))
     weights_gib = engine.weights_gib(decoder.model)
-    bench = Bench(
-        config=job.config,
-        engine=engine,
-        decoder=decoder,
-        blocks_NT=job.calibration.blocks,
-        tracker=tracker,
-        load_again=load_model,
-        protected=job.protected,
-        read_by_others=job.source.read_by_others,
-    )
+    new_bench = partial(_bench, job, engine, decoder)
     exam = shared.once(("exam", *_exam_key(job)), watch, "evaluate", lambda: _exam(job, engine))
-    scores, chosen, states = _choose(job, bench, exam, shared, watch)
+    bench, trial, curve = new_bench(tracker), None, []
+    if job.plan.num_drop is None:
+        search = Search(job=job, new_bench=new_bench, tracker=tracker, shared=shared, watch=watch)
+        trial = search.find()
+        job, bench, curve = trial.job, trial.bench, search.rows
+        tracker.tags({"num_drop": job.num_drop})
+    scores, chosen, states = _choose(job, bench, exam, shared, watch, trial)
     transfer = transfer_verb(job.config.transfer)
     with engine.restored(decoder.model) if shared.more_to_come and transfer else nullcontext():
-        if transfer is not None:
+        if trial is not None and trial.weights is not None:
+            put_back(trial.weights)
+            trial = None  # Frees host memory.
+        elif transfer is not None:
             bench.seconds_left = job.config.budget_s and job.config.budget_s - watch.seconds["select"]
             with watch("transfer"):
                 transfer(bench, chosen.doomed, save_dtype=job.source.dtype)
@@ -130,6 +131,7 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
         trained_tokens=bench.trained_tokens,
         transfer_steps=bench.transfer_steps,
         tuning_loss=tuning_loss,
+        curve=curve,
         gate_history=bench.gate_history,
         watch=watch,
     )
@@ -142,9 +144,12 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
 
 
 def _choose(
-    job: Job, bench: Bench, exam: Exam, shared: Shared, watch: Stopwatch
+    job: Job, bench: Bench, exam: Exam, shared: Shared, watch: Stopwatch, trial: Trial | None
 ) -> tuple[Scores, Selection, dict[str, Evaluation]]:
-    """Choose the doomed layers, and measure the model with and, nothing else done yet, without them."""
+    """Choose the doomed layers, and measure the model with and, nothing else done yet, without them.
+
+    The layers of a trial are chosen.
+    """
 
     def evaluated(state: str, dropped: tuple[int, ...] = ()) -> Evaluation:
         key = (*_exam_key(job), state, dropped)
@@ -152,13 +157,10 @@ def _choose(
         model = bench.model
         return shared.once(key, watch, "evaluate", lambda: evaluate_state(exam, model, state))
 
-    check_transfer = transfer_check(job.config.transfer)
     with bench.engine.mounted(bench.decoder.model) as bench.model:
-        check_transfer(bench, job.config.prune.drop)
+        transfer_check(job.config.transfer)(bench, job.config.prune.drop)
         dense = evaluated("dense")
-        scores, chosen = choose(bench, job, shared, watch)
-        check_drop(job.source, chosen.doomed)
-        check_transfer(bench, chosen.doomed)
+        scores, chosen = trial.selected if trial else choose(bench, job, shared, watch)
         with bench.decoder.bypassing(chosen.doomed):
             bare_drop = evaluated("bare_drop", chosen.doomed)
     bench.model = None
@@ -224,6 +226,19 @@ def _load(job: Job, engine: Engine) -> Decoder:
     if source.text_only and engine.is_first:
         log.warning("%s holds more than a language model; the checkpoint will be the language model alone", source.name)
     return decoder
+
+
+def _bench(job: Job, engine: Engine, decoder: Decoder, tracker: Tracker | NullTracker) -> Bench:
+    return Bench(
+        config=job.config,
+        engine=engine,
+        decoder=decoder,
+        blocks_NT=job.calibration.blocks,
+        tracker=tracker,
+        load_again=partial(_load, job, engine),
+        protected=job.protected,
+        read_by_others=job.source.read_by_others,
+    )
 
 
 def _exam_key(job: Job) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from tsp.config import JobConfig, number_to_drop
+from tsp.config import JobConfig, bound_of, number_to_drop
 from tsp.data import Corpus
 from tsp.methods import TRANSFERS
 from tsp.source import Source
@@ -14,7 +14,10 @@ class Plan:
 
     model: str
     num_layers: int
-    num_drop: int
+    num_drop: int | None
+    """None: the job finds it, under `bound`."""
+    bound: str | None
+    """Steps and tokens are then those of one number that is tried (greedy gates: of a single layer)."""
     ranks: int
     zero_stage: int
     parameters: int
@@ -39,7 +42,7 @@ def make_plan(
 ) -> Plan:
     """From the config and the headers of the model; no weights are read."""
     num_drop = number_to_drop(config.prune, source.num_layers)
-    rounds = num_drop if config.stage1.schedule == "greedy" else 1
+    rounds = (num_drop or 1) if config.stage1.schedule == "greedy" else 1
     stage1_steps = 0 if config.prune.drop is not None else rounds * config.stage1.steps
     stage2_steps = config.stage2.steps if TRANSFERS[config.transfer].trains else 0
     tokens_per_step = config.train.batch_size * calibration.blocks.shape[1]
@@ -48,6 +51,7 @@ def make_plan(
         model=source.name,
         num_layers=source.num_layers,
         num_drop=num_drop,
+        bound=bound_of(config.prune),
         ranks=world_size,
         zero_stage=zero_stage,
         parameters=source.num_parameters,

@@ -81,6 +81,7 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
         table.add_row(_spoken(state), str(layers), f"{parameters:,}", *ppls, size, speed)
     console.print(table)
     console.print("in brackets: times the dense model's perplexity, 95 % bootstrap interval over the windows")
+    _print_curve(console, result)
     _print_details(console, result)
     steps = {"checkpoint": result["checkpoint"]} if result["checkpoint"] else {}
     if result["quantized_checkpoint"]:
@@ -96,6 +97,26 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
         }
     for step, text in steps.items():
         console.print(f"{step:<11} {text}", soft_wrap=True)
+
+
+def _print_curve(console: Console, result: dict[str, Any]) -> None:
+    """What was measured for each number of layers that a search under a bound tried."""
+    rows = result["curve"]
+    if not rows:
+        return
+    spoken = {
+        "speedup": "prompt, times as fast",
+        "ppl_ratio_bare": "bare drop, ppl times dense",
+        "ppl_ratio": "after the transfer",
+    }
+    names = [name for name in spoken if any(name in row for row in rows)]
+    table = Table(title="numbers of layers that were tried")
+    for heading in ("layers dropped", *(spoken[name] for name in names), ""):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        mark = "chosen" if row["num_drop"] == result["num_drop"] else ""
+        table.add_row(str(row["num_drop"]), *(_cell(row.get(name), ".4f") for name in names), mark)
+    console.print(table)
 
 
 def _times_dense(result: dict[str, Any], corpus: str, state: str) -> str:

@@ -33,6 +33,11 @@ def cut(order: Sequence[int], num_drop: int, protected: Collection[int] = ()) ->
     return tuple(sorted(candidates[:num_drop]))
 
 
+def spread(candidates: Sequence[int], num_drop: int) -> tuple[int, ...]:
+    """`num_drop` of the candidates at even distances, where it is not known yet which will go."""
+    return tuple(candidates[(2 * n + 1) * len(candidates) // (2 * num_drop)] for n in range(num_drop))
+
+
 def ascending(scores: Sequence[float]) -> list[int]:
     """Indices by score, lowest first; of equal scores the later layer goes first (early layers matter more)."""
     return sorted(range(len(scores)), key=lambda index: (scores[index], -index))

@@ -30,7 +30,8 @@ class DataConfig(Section):
     replies_only: bool = False
     """Of rows of `messages`, learn only what the assistant says; the rest is read. Rows of `text` count whole."""
     tuning_blocks: int = Field(0, ge=0)
-    """Sequences, at most, of documents neither trained nor reported on, whose loss compares settings; 0: none."""
+    """Sequences, at most, of documents neither trained nor reported on, whose loss compares settings, and numbers of
+    layers under `prune.max_ppl_ratio`, which sets 32 aside unless another number is given."""
 
 
 class EvalConfig(Section):
@@ -79,6 +80,11 @@ class PruneSection(Section):
     """Layers to drop; None: from the ratio."""
     drop: tuple[int, ...] | None = None
     """Exactly these 0-based layers; None: the method chooses."""
+    max_ppl_ratio: float | None = Field(None, gt=1)
+    """Drop the most layers whose perplexity after the transfer, on the tuning text, is at most so many times the dense
+    model's; the search begins with `ratio`. None: the number is given."""
+    min_speedup: float | None = Field(None, gt=1)
+    """Drop the fewest layers without which a prompt is processed at least so many times as fast; None: as above."""
     protect_first: int = Field(0, ge=0)
     """Layers at the start that are never dropped."""
     protect_last: int = Field(0, ge=0)

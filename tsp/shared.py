@@ -22,6 +22,8 @@ class Stopwatch:
     seconds: dict[str, float] = field(default_factory=dict)
     shared: set[str] = field(default_factory=set)
     """Phases of which an earlier job did a part."""
+    paid: set[Hashable] = field(default_factory=set)
+    """Keys of `Shared` that this job was charged for."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -35,7 +37,7 @@ class Stopwatch:
 
 @dataclass
 class Shared:
-    """Things by key, with the seconds each took."""
+    """Things by key, with the seconds each took; a job that asks again pays once."""
 
     more_to_come: bool = False
     """Another job follows: this one has to leave the model as it found it."""
@@ -50,6 +52,8 @@ class Shared:
             phase: that they belong to.
             make: called the same on every rank.
         """
+        if key in watch.paid:
+            return self._things[key][0]
         if key in self._things:
             watch.shared.add(phase)
         else:
@@ -58,4 +62,5 @@ class Shared:
             self._things[key] = (value, time.perf_counter() - started)
         value, seconds = self._things[key]
         watch.add(phase, seconds)
+        watch.paid.add(key)
         return value

@@ -156,7 +156,7 @@ def _with_traces(jobs: list[Job]) -> list[Job]:
     longest: dict[Any, int] = {}
     for job in jobs:
         key = (job.config.model, order_key(job))
-        longest[key] = max(longest.get(key, 0), job.num_drop)
+        longest[key] = max(longest.get(key, 0), job.trace_to)
     return [replace(job, trace_to=longest[job.config.model, order_key(job)]) for job in jobs]
 
 

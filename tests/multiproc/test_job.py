@@ -1,6 +1,7 @@
 """The whole job through the real launcher: result, store, registered model; and what it does with wrong input."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from tests.models import REPOSITORY, corpus_file, make_identity, model_folder, sample, tiny_model
+from tests.models import job as config_of
 from tsp.decoder import find_decoder
+from tsp.job import prepare
 
 pytestmark = pytest.mark.multiproc
 
@@ -187,6 +190,66 @@ def test_the_registered_model_generates(job, client):
     words = line.split()
     assert int(words[1]) == LAYERS - 2
     assert len(words) > 5, "something was written"
+
+
+def test_a_number_of_layers_that_two_ranks_find(inputs, launch, tmp_path):
+    """Held against a plain loop over the saved models, on the text that the job set aside."""
+    from transformers import AutoModelForCausalLM
+
+    model, corpus = inputs
+    few = SETTINGS | {
+        "eval.prompts": 0,
+        "eval.generation_runs": 0,
+        "stage2.steps": 2,
+        "stage2.lr": 1e-3,
+        "transfer": "stage2",
+    }
+    done = launch(
+        REPOSITORY / "launchers/prune.py",
+        *("--ds", REPOSITORY / "ds_configs/zero3.json", "--model", model, "--data", corpus, "--no-register"),
+        *("--method", "sleb", "--max-ppl-ratio", "1.3", "--set", "prune.ratio=0.5", "--output", tmp_path / "out"),
+        *(word for key, value in few.items() for word in ("--set", f"{key}={value}")),
+        num_ranks=2,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    ratios = {row["num_drop"]: row["ppl_ratio"] for row in result["curve"]}
+    assert ratios[len(result["dropped"])] <= 1.3 < ratios[len(result["dropped"]) + 1]
+    assert "numbers of layers that were tried" in done.stdout
+    settings = {"model__path": str(model), "data__source": str(corpus), "eval__block_tokens": 16}
+    tuning = prepare(
+        config_of(**settings, data__tuning_blocks=32),
+        REPOSITORY / "ds_configs/zero3.json",
+        None,
+        root=tmp_path,
+        world_size=1,
+    ).tuning
+    losses = {}
+    for folder in (str(model), result["checkpoint"]):
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            each = [plain(input_ids=row[None], labels=row[None]).loss for row in tuning.blocks]
+        losses[folder] = float(torch.stack(each).double().mean())
+    ratio = math.exp(losses[result["checkpoint"]] - losses[str(model)])
+    assert ratio == pytest.approx(ratios[len(result["dropped"])], rel=1e-4)
+
+
+def test_a_speed_that_cannot_be_reached_ends_with_exit_code_3(inputs, launch, tmp_path):
+    model, corpus = inputs
+    done = launch(
+        REPOSITORY / "launchers/prune.py",
+        *("--model", model, "--data", corpus, "--method", "tail", "--min-speedup", "40", "--output", tmp_path / "out"),
+        *("--set", "data.block_tokens=16", "--set", "eval.block_tokens=16", "--set", "eval.speed_runs=1"),
+        num_ranks=2,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 3, done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "prune.min_speedup 40 cannot be reached: the most that was measured is" in errors[0]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["job.log"], "nothing is saved"
 
 
 @pytest.mark.parametrize(

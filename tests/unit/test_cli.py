@@ -111,7 +111,15 @@ def test_prune_and_its_launcher_take_the_same_options():
     ("words", "reason"),
     [
         (["--ratio", "1.3"], "prune.ratio: input should be less than 1, got 1.3"),
-        (["--ratio", "0.5", "--num-drop", "3"], "give one of --ratio, --num-drop and --drop"),
+        (["--ratio", "0.5", "--num-drop", "3"], "give one of --ratio, --num-drop, --drop, --max-ppl-ratio"),
+        (["--ratio", "0.5", "--max-ppl-ratio", "1.1"], "--min-speedup, got --ratio and --max-ppl-ratio"),
+        (["--max-ppl-ratio", "1.1", "--min-speedup", "1.3"], "got --max-ppl-ratio and --min-speedup"),
+        (["--max-ppl-ratio", "0.9"], "prune.max_ppl_ratio: input should be greater than 1, got 0.9"),
+        (["--min-speedup", "1"], "prune.min_speedup: input should be greater than 1, got 1.0"),
+        (["--min-speedup", "2", "--set", "prune.num_drop=3"], "each of prune.num_drop and prune.min_speedup says"),
+        (["--max-ppl-ratio", "2", "--set", "budget_s=60"], "give stage2.steps instead of budget_s, got budget_s 60"),
+        (["--max-ppl-ratio", "2", "--set", "data.tuning_blocks=0"], "measured on data.tuning_blocks sequences, got 0"),
+        (["--min-speedup", "2", "--set", "eval.speed_runs=0"], "measured in eval.speed_runs passes, got 0"),
         (["--drop", "3,x"], "--drop must be layer numbers joined by commas, like 3,7,9, got '3,x'"),
         (["--register", "a", "--no-register"], "give one of --register and --no-register"),
         (["--set", "stage1.step=3"], "unknown key stage1.step, did you mean steps?"),
@@ -310,6 +318,32 @@ def test_the_demos_settings_are_for_the_demo_only():
 @pytest.mark.parametrize("words", [["--drop", "3,7,9"], ["--drop", "9, 7,3"]])
 def test_layers_to_drop_are_read(words):
     assert sorted(config_from_options(options_of(*words)).prune.drop) == [3, 7, 9]
+
+
+def test_a_bound_sets_tuning_text_aside_unless_told_how_much():
+    bounded = ["--max-ppl-ratio", "1.1"]
+    assert config_from_options(options_of(*bounded)).data.tuning_blocks == 32
+    assert config_from_options(options_of(*bounded, "--set", "data.tuning_blocks=5")).data.tuning_blocks == 5
+    assert config_from_options(options_of("--min-speedup", "1.1")).data.tuning_blocks == 0
+
+
+def test_bounds_of_a_sweep_and_the_floor_that_has_none():
+    jobs = configs_from_options(options_of("--method", "tsp,dense", "--max-ppl-ratio", "1.1,1.2"))
+    assert [(config.prune.method, config.prune.max_ppl_ratio) for _, config in jobs] == [
+        ("tsp", 1.1),
+        ("tsp", 1.2),
+        ("dense", None),
+    ]
+    assert {config.data.tuning_blocks for _, config in jobs} == {32}, "all are trained on the same text"
+
+
+def test_dry_run_says_that_the_number_is_found_later():
+    import yaml
+
+    done = run("prune", "--dry-run", "--max-ppl-ratio", "1.1")
+    assert done.returncode == 0, done.stderr
+    plan = yaml.safe_load(done.stdout)["plan"]
+    assert (plan["num_drop"], plan["bound"], plan["stage2_steps"]) == (None, "prune.max_ppl_ratio 1.1", 24)
 
 
 def test_dry_run_prints_the_config_and_the_plan_and_makes_nothing():

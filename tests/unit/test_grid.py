@@ -108,7 +108,7 @@ def test_a_sweep_that_is_no_list_of_grids_is_refused(tmp_path):
         (["--method", "tsp,slep"], "did you mean sleb"),
         (["--set", "prune.ratio=[]"], "prune.ratio is a list without values"),
         (["--ratio", "0.25,1.5"], "prune.ratio: input should be less than 1, got 1.5"),
-        (["--ratio", "0.25,0.5", "--num-drop", "3"], "give one of --ratio, --num-drop and --drop"),
+        (["--ratio", "0.25,0.5", "--num-drop", "3"], "give one of --ratio, --num-drop, --drop"),
         (["--set", "prune.ratios=[1, 2]"], "unknown key prune.ratios, did you mean ratio?"),
     ],
 )

@@ -72,6 +72,8 @@ def test_what_an_order_depends_on(given):
     same = [
         {"seed": 1},
         {"prune__ratio": 0.4},
+        {"prune__max_ppl_ratio": 1.1},
+        {"prune__min_speedup": 1.1},
         {"transfer": "none"},
         {"stage2__lr": 1.0},
         {"prune__swap_rounds": 1},
@@ -104,5 +106,8 @@ def test_what_is_shared_is_made_once_and_charged_to_each():
     assert calls == [1]
     assert watches[0].seconds == watches[1].seconds
     assert (watches[0].shared, watches[1].shared) == (set(), {"select"})
+    paid = dict(watches[0].seconds)
+    assert shared.once(("key", 1), watches[0], "select", lambda: calls.append(3)) == "value"
+    assert (watches[0].seconds, watches[0].shared) == (paid, set()), "a job pays once"
     shared.once(("key", 2), watches[0], "select", lambda: calls.append(2))
     assert calls == [1, 2]

@@ -41,7 +41,7 @@ _OF_THE_FRAME = (
     "seed",
 )
 # The layers that went are counted; the ratio is only one way to ask for them.
-_ASKED_FOR = ("prune.ratio", "prune.num_drop")
+_ASKED_FOR = ("prune.ratio", "prune.num_drop", "prune.max_ppl_ratio", "prune.min_speedup")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,29 @@
 """Speed of the prompt pass: one sequence, no cache, one run to warm up, then the mean (method.md, section 6)."""
 
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+
+def prompt_of(blocks_NT: Tensor, max_positions: int) -> Tensor:
+    """The first 2,048 tokens of a corpus `[N, T]`, or as many as the model has positions; `[T]`."""
+    return blocks_NT.flatten()[: min(2048, max_positions)]
+
+
+def median_pass_s(forward: Callable[[Tensor], Tensor], tokens_T: Tensor, num_runs: int) -> float:
+    """Seconds of a forward pass, the median after one to warm up; arguments as those of `prompt_tokens_per_s`."""
+    seconds = []
+    with torch.no_grad():
+        for _ in range(1 + num_runs):
+            wait(tokens_T.device)
+            started = time.perf_counter()
+            forward(tokens_T[None])
+            wait(tokens_T.device)
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
 
 
 def prompt_tokens_per_s(forward: Callable[[Tensor], Tensor], tokens_T: Tensor, num_runs: int) -> float:

@@ -10,7 +10,7 @@ from tsp.config import EvalConfig
 from tsp.data import Corpus
 from tsp.evaluation.generation import greedy_continuations
 from tsp.evaluation.predictions import Reference, measure_predictions
-from tsp.evaluation.speed import prompt_tokens_per_s
+from tsp.evaluation.speed import prompt_of, prompt_tokens_per_s
 from tsp.evaluation.zero_shot import Tasks, task_metrics
 from tsp.records import Evaluation
 
@@ -86,7 +86,7 @@ def prompt_speed(exam: Exam, forward: Callable[[Tensor], Tensor]) -> float | Non
     """Tokens per second of the exam's prompt; arguments as those of `evaluate_state`. None: not to be measured."""
     if not exam.config.speed_runs:
         return None
-    prompt = exam.corpora[0].blocks.flatten()[: min(2048, exam.max_positions)].to(exam.sharing["device"])
+    prompt = prompt_of(exam.corpora[0].blocks, exam.max_positions).to(exam.sharing["device"])
     return prompt_tokens_per_s(forward, prompt, exam.config.speed_runs)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tsp.config import bound_of
 from tsp.errors import ConfigError
 from tsp.yaml12 import read_yaml
 
@@ -128,6 +129,24 @@ def refuse_nonsense(config: "JobConfig") -> None:
             f"quantize {config.quantize} starts from the pruned checkpoint, and prune.method dense writes none; "
             "leave it out"
         )
+    _refuse_bounds_without_use(config)
+
+
+def _refuse_bounds_without_use(config: "JobConfig") -> None:
+    prune = config.prune
+    asked = ("drop", "num_drop", "max_ppl_ratio", "min_speedup")
+    stated = [f"prune.{name}" for name in asked if getattr(prune, name) is not None]
+    if bound_of(prune) and len(stated) > 1:
+        raise ConfigError(f"each of {' and '.join(stated)} says how many layers go; give one of them")
+    if prune.max_ppl_ratio is not None and config.budget_s is not None:
+        raise ConfigError(
+            "prune.max_ppl_ratio tries several numbers of layers, each with the whole transfer; "
+            f"give stage2.steps instead of budget_s, got budget_s {config.budget_s:g}"
+        )
+    if prune.max_ppl_ratio is not None and not config.data.tuning_blocks:
+        raise ConfigError("prune.max_ppl_ratio is measured on data.tuning_blocks sequences, got 0; give at least 1")
+    if prune.min_speedup is not None and not config.eval.speed_runs:
+        raise ConfigError("prune.min_speedup is measured in eval.speed_runs passes, got 0; give at least 1")
 
 
 def _function(path: str) -> Callable[..., Any]:
