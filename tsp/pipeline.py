@@ -6,8 +6,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from tsp.tracking.run import Tracker
 
 log = logging.getLogger("tsp")
 
+MODEL = "model"
+"""The key of the loaded model among what jobs share."""
 _PROBE_TOKENS = 64
 
 
@@ -69,50 +71,76 @@ def run_job(
     Returns:
         As `prune`.
     """
+    with tracked(engine, lambda: open_run(job, engine, root, parent)) as (tracker, run_id):
+        output = (job.output or root / "mlruns" / "output" / run_id).absolute()
+        with logging_to(output / "job.log" if engine.is_first else None):
+            result = _run(job, engine, tracker, output, shared)
+    return result, tracker.links()
+
+
+@contextmanager
+def tracked(engine: Engine, start: Callable[[], Tracker]) -> Iterator[tuple[Tracker | NullTracker, str]]:
+    """A run for the length of a block; however that ends, the run says so, unless it was finished inside.
+
+    Args:
+        engine: tells every rank the run's id, or why there is none.
+        start: opens the run; called on rank 0.
+
+    Yields:
+        The tracker, off rank 0 one that does nothing, and the run's id.
+    """
     tracker: Tracker | NullTracker = NullTracker()
 
     def open_own() -> str:
         nonlocal tracker
-        tracker = open_run(job, engine, root, parent)
+        tracker = start()
         return tracker.run_id
 
     run_id = engine.on_first(open_own)
     try:
-        output = (job.output or root / "mlruns" / "output" / run_id).absolute()
-        with logging_to(output / "job.log" if engine.is_first else None):
-            result = _run(job, engine, tracker, output, shared)
-        tracker.finish("FINISHED")
+        yield tracker, run_id
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         tracker.finish("KILLED" if killed else "FAILED", reason=f"{type(error).__name__}: {error}"[:500])
         raise
-    return result, tracker.links()
+    tracker.finish("FINISHED")
 
 
-def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path, shared: Shared) -> dict[str, Any]:
-    watch, started = Stopwatch(), time.perf_counter()
+def make_bench(job: Job, engine: Engine, tracker: Tracker | NullTracker, shared: Shared, watch: Stopwatch) -> Bench:
+    """What a method works with; the model is loaded if no job before this one did."""
     load_model = partial(_load, job, engine)
-    decoder = shared.once("model", watch, "load", load_model)
-    weights_gib = engine.weights_gib(decoder.model)
-    bench = Bench(
+    return Bench(
         config=job.config,
         engine=engine,
-        decoder=decoder,
+        decoder=shared.once(MODEL, watch, "load", load_model),
         blocks_NT=job.calibration.blocks,
         tracker=tracker,
         load_again=load_model,
         protected=job.protected,
         read_by_others=job.source.read_by_others,
     )
+
+
+def transfer(job: Job, bench: Bench, doomed: tuple[int, ...], watch: Stopwatch) -> None:
+    """Move what the doomed layers know into the others, if that is asked for; the model is unmounted."""
+    move = transfer_verb(job.config.transfer)
+    if move is None:
+        return
+    bench.seconds_left = job.config.budget_s and job.config.budget_s - watch.seconds["select"]
+    with watch("transfer"):
+        move(bench, doomed, save_dtype=job.source.dtype)
+
+
+def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path, shared: Shared) -> dict[str, Any]:
+    watch, started = Stopwatch(), time.perf_counter()
+    bench = make_bench(job, engine, tracker, shared, watch)
+    weights_gib = engine.weights_gib(bench.decoder.model)
     exam = shared.once(("exam", *_exam_key(job)), watch, "evaluate", lambda: _exam(job, engine))
     scores, chosen, states = _choose(job, bench, exam, shared, watch)
-    transfer = transfer_verb(job.config.transfer)
-    with engine.restored(decoder.model) if shared.more_to_come and transfer else nullcontext():
-        if transfer is not None:
-            bench.seconds_left = job.config.budget_s and job.config.budget_s - watch.seconds["select"]
-            with watch("transfer"):
-                transfer(bench, chosen.doomed, save_dtype=job.source.dtype)
-        known = None if transfer else states["bare_drop"]
+    moves = job.config.transfer != "none"
+    with engine.restored(bench.decoder.model) if shared.more_to_come and moves else nullcontext():
+        transfer(job, bench, chosen.doomed, watch)
+        known = None if moves else states["bare_drop"]
         states["pruned"], tuning_loss, report = _drop(job, bench, exam, chosen.doomed, known, output / "model", watch)
     outcome = Outcome(
         scores=scores,

@@ -59,3 +59,7 @@ class Shared:
         value, seconds = self._things[key]
         watch.add(phase, seconds)
         return value
+
+    def forget(self, key: Hashable) -> None:
+        """The next that asks for it makes it anew."""
+        self._things.pop(key, None)

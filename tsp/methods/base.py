@@ -53,6 +53,8 @@ class Bench:
     """For the transfer; None: it trains for `stage2.steps`."""
     transfer_steps: int = 0
     """Optimizer steps that the transfer did."""
+    after_step: Callable[[str, StepStats, list[float]], None] = lambda stage, stats, gates: None
+    """Called on every rank between two steps; what it raises, on all of them alike, stops the job there."""
 
     def loss_without(self, bypassed: Collection[int], blocks_NT: Tensor, name: str | None = None) -> float:
         """Mean cross-entropy on some blocks with these layers bypassed, nats per token; the same on every rank."""
@@ -73,6 +75,7 @@ class Bench:
         self.global_step += 1
         self.trained_tokens += stats.tokens
         self.transfer_steps += stage == "stage2"
+        self.after_step(stage, stats, gates)
 
 
 class Method(Protocol):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tsp.adapters import adapters_off, add_adapters, merge_adapters
+from tsp.adapters import adapters_off, add_adapters, merge_adapters, remove_adapters
 from tsp.checkpoint import round_weights
 from tsp.config import Stage2Config
 from tsp.gates import Gates
@@ -50,6 +50,11 @@ def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) 
             gates.attached(),
         ):
             _run(bench, model, teacher, gates, doomed)
+    except Exception:
+        # Who stops it between two steps goes on with the model, whose own weights he has put aside.
+        remove_adapters(decoder.model)
+        decoder.model.requires_grad_(False)
+        raise
     finally:
         decoder.bypass(())
     if config.trainable == "lora":
