@@ -124,8 +124,10 @@ class _Launch:
 
     def _measure_untrained(self) -> None:
         """Select, which most trials share, and measure the untrained model; no trial is charged for it."""
-        bench = make_bench(self._search.job, self._engine, self._tracker, self._shared, Stopwatch())
-        _, losses = self._choose(self._search.job, bench, Stopwatch())
+        folder = mlruns_folder(self._root) / "output" / self._parent
+        with logging_to(folder / "job.log" if self._engine.is_first else None):
+            bench = make_bench(self._search.job, self._engine, self._tracker, self._shared, Stopwatch())
+            _, losses = self._choose(self._search.job, bench, Stopwatch())
         self._engine.on_first(lambda: self._study.keep(losses))
 
     def _choose(self, job: Job, bench: Bench, watch: Stopwatch) -> tuple[tuple[int, ...], dict[str, float]]:
@@ -215,8 +217,8 @@ class _Launch:
         """Between two steps: does the trial go on? Rank 0 decides for all.
 
         What is compared is the mean cross-entropy since the last mark. Trials of one seed see the same batches in the
-        same order: at the same step it differs by the settings alone, and how hard a batch is falls out. Steps with a
-        doomed layer still open do not count: their loss is that of a larger model.
+        same order: at the same step it differs by the settings alone, and how hard a batch is falls out. With a doomed
+        layer still open at any of these steps nothing is compared: the loss is that of a larger model.
         """
         recent: list[float] = []
         every, num_steps = self._search.steps_to_mark, self._search.job.config.stage2.steps
@@ -230,7 +232,7 @@ class _Launch:
                 recent.append(stats.losses["lm"])
             if (stats.step + 1) % every or stats.step + 1 == num_steps:
                 return
-            loss = statistics.mean(recent) if recent else None
+            loss = statistics.mean(recent) if len(recent) == every else None
             recent.clear()
             reason = self._engine.on_first(lambda: self._verdict(trial, stats.step, loss))
             if reason:
