@@ -29,9 +29,10 @@ def print_search(document: dict[str, Any], run_link: str, stdout: TextIO) -> Non
     for heading in ("trial", *(key.rpartition(".")[2] for key in keys), "loss", "perplexity", "seconds"):
         table.add_column(heading, justify="right")
     for trial in complete[:_SHOWN]:
-        values = ("preset" if trial["preset"] else _cell(trial["settings"].get(key)) for key in keys)
-        cost = f"{trial['seconds']:.0f}"
-        table.add_row(str(trial["number"]), *values, f"{trial['loss']:.4f}", f"{math.exp(trial['loss']):.2f}", cost)
+        settings = document["preset"] if trial["preset"] else trial["settings"]
+        name = f"preset {trial['number']}" if trial["preset"] else str(trial["number"])
+        found = (f"{trial['loss']:.4f}", f"{math.exp(trial['loss']):.2f}", f"{trial['seconds']:.0f}")
+        table.add_row(name, *(_cell(settings.get(key)) for key in keys), *found)
     console.print(table)
     named = {"dense": "dense", "bare_drop": "without the layers", "preset": "preset", "best": "best"}
     losses = document["loss"]

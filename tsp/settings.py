@@ -28,7 +28,7 @@ class DataConfig(Section):
     max_blocks: int | None = Field(128, ge=1)
     """Sequences to take from the corpus, evenly spread; None: all. 128 in the paper."""
     tuning_blocks: int = Field(0, ge=0)
-    """Further sequences, neither trained nor reported on, whose loss after the transfer compares settings."""
+    """Further sequences, the last ones, neither trained nor reported on; their loss at the end compares settings."""
 
 
 class EvalConfig(Section):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tsp.config import flatten
 from tsp.records import write_json
 from tsp.space import with_settings
 from tsp.study import Trial
@@ -71,7 +72,7 @@ def publish(
     Returns:
         What `--json` prints.
     """
-    preset = preset_of(trials)
+    preset, own = preset_of(trials), flatten(search.job.config.model_dump(mode="json"))
     losses = untrained | {"preset": preset.loss if preset else None, "best": best.loss}
     document = {
         "schema": DOCUMENT_SCHEMA,
@@ -81,6 +82,7 @@ def publish(
         "model": search.job.source.name,
         "tuning_blocks": search.job.config.data.tuning_blocks,
         "space": {knob.key: knob.in_words() for knob in search.knobs},
+        "preset": {knob.key: own.get(knob.key) for knob in search.knobs if knob.applies(own)},
         "loss": losses,
         "best": best.number,
         "settings": best.settings,

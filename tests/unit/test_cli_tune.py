@@ -103,6 +103,7 @@ def test_the_best_trials_stand_on_top():
     document = {
         "trials": trials,
         "space": {"stage2.lr": "0.0002 to 0.005 (log)", "stage2.gates": "off, anneal"},
+        "preset": {"stage2.lr": 0.001, "stage2.gates": "off"},
         "loss": {"dense": 2.0, "bare_drop": 3.0, "preset": 2.5, "best": 2.4},
         "tuning_blocks": 32,
         "config": str(Path.cwd() / "my tuned.yaml"),
@@ -111,7 +112,7 @@ def test_the_best_trials_stand_on_top():
     print_search(json.loads(json.dumps(document)), "http://run", stdout)
     text = stdout.getvalue()
     assert "3 trials (2 complete, 1 pruned), the best first" in text
-    assert text.index("0.004") < text.index("preset")
+    assert text.index("0.004") < text.index("preset 0") < text.index("0.001")
     assert "dense 2.0000, without the layers 3.0000, preset 2.5000, best 2.4000" in text
     assert "trial 2 pruned: behind the median after step 5" in text
     assert "tsp prune --config 'my tuned.yaml'" in text

@@ -36,6 +36,9 @@ def test_tuning_text_comes_beside_the_calibration_text(given):
     assert plain.tuning is None
     assert len(plain.calibration.blocks) == len(tuned.calibration.blocks) == 32
     assert len(tuned.tuning) == 8
+    assert tuned.tuning.min() > tuned.calibration.blocks.max(), (
+        "not of the documents that are trained on, but later ones"
+    )
     trained = {tuple(row) for row in tuned.calibration.blocks.tolist()}
     assert not trained & {tuple(row) for row in tuned.tuning.tolist()}
 

@@ -89,6 +89,7 @@ def test_the_preset_comes_first_and_the_best_is_never_worse(done):
     _, document = done
     first, *others = document["trials"]
     assert (first["preset"], first["settings"], first["state"]) == (True, {}, "complete")
+    assert document["preset"] == {"stage2.lr": 1e-3, "stage2.gates": "off"}
     assert all(set(trial["settings"]) == set(SPACE) for trial in others)
     losses = [trial["loss"] for trial in document["trials"]]
     assert len(set(losses)) == 3
