@@ -17,8 +17,8 @@ from tsp.tuned import is_of
 
 TUNING_BLOCKS = 32
 """Set aside where the job sets none aside."""
-_MARKS = 8
-"""Places in a training where it may be stopped, as evenly spread as can be."""
+_MARKS = (0.5, 0.75)
+"""Shares of the steps after which a trial may be stopped; earlier, large learning rates look worse than in the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,10 @@ class Search:
         return hashlib.sha256(json.dumps([self.job.hash, space]).encode()).hexdigest()[:16]
 
     @property
-    def steps_to_mark(self) -> int:
-        """Steps from one place where a trial may be stopped to the next."""
-        return max(1, math.ceil(self.job.config.stage2.steps / _MARKS))
+    def marks(self) -> set[int]:
+        """Numbers of steps after which a trial may be stopped."""
+        steps = self.job.config.stage2.steps
+        return {math.ceil(share * steps) for share in _MARKS} - {steps}
 
 
 def prepare_search(

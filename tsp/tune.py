@@ -40,6 +40,8 @@ from tsp.tuned import best_of, publish, write_tuned
 
 log = logging.getLogger("tsp")
 
+AfterStep = Callable[[str, StepStats, list[float]], None]
+
 _FAILURES = 5
 """Failed trials, one after another, after which the search gives up."""
 _SEARCH_HASH = "search_hash"
@@ -205,7 +207,7 @@ class _Launch:
         doomed, _ = self._choose(job, bench, watch)
         assert job.tuning is not None
         with engine.restored(bench.decoder.model):
-            bench.after_step = self._judge(trial, doomed)
+            bench.after_step = self._judge(job, bench, trial, doomed)
             transfer(job, bench, doomed, watch)
             with engine.mounted(bench.decoder.model) as bench.model:
                 loss = bench.loss_without(doomed, job.tuning, "tuning text")
@@ -213,45 +215,40 @@ class _Launch:
             raise Stopped(f"the loss on tuning text is {loss}")
         return loss
 
-    def _judge(self, trial: Trial, doomed: tuple[int, ...]) -> Callable[[str, StepStats, list[float]], None]:
+    def _judge(self, job: Job, bench: Bench, trial: Trial, doomed: tuple[int, ...]) -> AfterStep:
         """Between two steps: does the trial go on? Rank 0 decides for all.
 
-        What is compared is the mean cross-entropy since the last mark. Trials of one seed see the same batches in the
-        same order: at the same step it differs by the settings alone, and how hard a batch is falls out. With a doomed
-        layer still open at any of these steps nothing is compared: the loss is that of a larger model.
+        At half and at three quarters of the steps the loss on tuning text is measured without the doomed layers, though
+        their gates may be open still. The training's own loss would not do: it favours settings that learn the training
+        text best. Trials of one seed have seen the same batches in the same order by then, so that what is compared
+        differs by the settings alone.
         """
-        recent: list[float] = []
-        every, num_steps = self._search.steps_to_mark, self._search.job.config.stage2.steps
+        marks, compare = self._search.marks, steps_compare(self._search.knobs, self._search.job.config)
 
         def after_step(stage: str, stats: StepStats, gates: list[float]) -> None:
+            done = stats.step + 1
             if stage != "stage2":
                 return
             if not math.isfinite(stats.losses["lm"]):
-                raise Stopped(f"the loss of step {stats.step} is {stats.losses['lm']}")
-            if not any(gates[index] for index in doomed):
-                recent.append(stats.losses["lm"])
-            if (stats.step + 1) % every or stats.step + 1 == num_steps:
+                raise Stopped(f"the loss of step {done} is {stats.losses['lm']}")
+            if done not in marks:
                 return
-            loss = statistics.mean(recent) if len(recent) == every else None
-            recent.clear()
-            reason = self._engine.on_first(lambda: self._verdict(trial, stats.step, loss))
+            assert job.tuning is not None
+            loss = bench.loss_without(doomed, job.tuning) if compare else None
+            reason = self._engine.on_first(lambda: self._verdict(trial, done, loss))
             if reason:
                 raise Stopped(reason)
 
         return after_step
 
-    def _verdict(self, trial: Trial, step: int, loss: float | None) -> str | None:
-        """Why the trial is stopped after this step; None: it goes on."""
-        search = self._search
+    def _verdict(self, trial: Trial, done: int, loss: float | None) -> str | None:
+        """Why the trial is stopped after so many steps; None: it goes on."""
         # Without any trial there is no result, and the preset is the one that all others are compared with.
-        if not trial.preset and self._elapsed() > search.seconds:
-            return f"the time was over after step {step}"
-        if loss is None or not steps_compare(search.knobs, search.job.config):
-            return None
-        behind = self._study.is_hopeless(trial.number, step, loss)
-        # In the first half large learning rates look worse than they are in the end.
-        late = step + 1 >= search.job.config.stage2.steps / 2
-        return f"behind the median after step {step}" if behind and late else None
+        if not trial.preset and self._elapsed() > self._search.seconds:
+            return f"the time was over after {done} steps"
+        if loss is not None and self._study.is_hopeless(trial.number, done, loss):
+            return f"behind the median after {done} steps, with {loss:.4f}"
+        return None
 
     def _write_best(self) -> None:
         search, best = self._search, best_of(self._study.trials())

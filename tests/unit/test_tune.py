@@ -159,8 +159,8 @@ def test_trials_that_are_not_worth_their_time_are_stopped(search, root, tmp_path
     stopped = [trial for trial in trials if trial["state"] == "pruned"]
     reasons = {trial["settings"]["stage2.lr"]: trial["reason"] for trial in stopped}
     assert set(reasons) == {0.3, 1e30}
-    assert "behind the median after step" in reasons[0.3]
-    assert "the loss of step 1 is nan" in reasons[1e30]
+    assert "behind the median after 3 steps, with " in reasons[0.3]
+    assert "the loss of step 2 is nan" in reasons[1e30]
     own = [trial for trial in trials if trial["settings"].get("stage2.lr", 1e-3) == 1e-3]
     assert own[-1]["number"] > stopped[0]["number"]
     assert len({trial["loss"] for trial in own}) == 1, "the weights are put back, to the last bit"
@@ -184,7 +184,7 @@ def test_a_failed_trial_is_left_behind(search, tmp_path):
 
 
 def test_without_any_result_it_says_why(search, tmp_path):
-    with pytest.raises(TspError, match="no trial of 1 came to its end; the last one: the loss of step 1 is nan"):
+    with pytest.raises(TspError, match="no trial of 1 came to its end; the last one: the loss of step 2 is nan"):
         search(tmp_path / "a", {"stage2.lr": [1e29, 1e30]}, stage2__lr=1e30)
     assert not (tmp_path / "a/tuned.yaml").exists()
     with pytest.raises(TspError, match="no trial of 0 came to its end; give more than 1e-09 minutes"):

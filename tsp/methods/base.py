@@ -39,7 +39,7 @@ class Bench:
     load_again: Callable[[], Decoder]
     """A second, frozen copy of the dense model: the teacher where all weights are trained."""
     model: Mounted | None = None
-    """The frozen model, mounted; while scoring."""
+    """The model, mounted; while scoring, and between two steps of stage 2."""
     protected: Collection[int] = ()
     read_by_others: Collection[int] = ()
     """Layers whose keys and values later ones read (`source.Source`): they always have to run."""
@@ -58,7 +58,7 @@ class Bench:
 
     def loss_without(self, bypassed: Collection[int], blocks_NT: Tensor, name: str | None = None) -> float:
         """Mean cross-entropy on some blocks with these layers bypassed, nats per token; the same on every rank."""
-        assert self.model is not None, "measured while scoring"
+        assert self.model is not None, "measured while it is mounted"
         sharing = self.engine.sharing(self.config.eval.batch_size)
         with self.decoder.bypassing(bypassed):
             return float(window_losses(self.model, blocks_NT, **sharing, name=name).mean())

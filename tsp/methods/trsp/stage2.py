@@ -49,6 +49,7 @@ def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) 
             _teacher(bench, model, gates) as teacher,
             gates.attached(),
         ):
+            bench.model = model
             _run(bench, model, teacher, gates, doomed)
     except Exception:
         # Who stops it between two steps goes on with the model, whose own weights he has put aside.
@@ -56,6 +57,7 @@ def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) 
         decoder.model.requires_grad_(False)
         raise
     finally:
+        bench.model = None
         decoder.bypass(())
     if config.trainable == "lora":
         changed = merge_adapters(decoder.model, engine.gathered)
