@@ -29,8 +29,8 @@ def found(command, tmp_path_factory):
         "--data",
         corpus_file(root / "text.jsonl", sample(model, 90, 16)),
     )
-    (root / "space.yaml").write_text("stage2.lr: [0.01, 0.001, 1e30]\nstage2.gates: [off, anneal]\n")
-    words = [sys.executable, "-m", "tsp", "tune", "--nproc", 2, "--master-port", free_port(), "--trials", 6, "--json"]
+    (root / "space.yaml").write_text("stage2.lr: [0.01, 1e30]\n")
+    words = [sys.executable, "-m", "tsp", "tune", "--nproc", 2, "--master-port", free_port(), "--trials", 5, "--json"]
     words += ["--ds", REPOSITORY / "ds_configs/zero3.json", "--space", "space.yaml", *given]
     done = command([*words, *(word for text in SETTINGS for word in ("--set", text))], cwd=root)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -41,18 +41,13 @@ def test_the_ranks_agree_on_what_is_tried_and_stopped(found):
     root, done, document = found
     assert done.stderr.count("load: 5 layers") == 1, "once for all trials"
     trials = document["trials"]
-    assert len(trials) == 6
+    assert len(trials) == 5
     assert trials[0]["preset"]
     stopped = [trial for trial in trials if trial["state"] == "pruned"]
     assert {trial["settings"]["stage2.lr"] for trial in stopped} == {1e30}
-    # Also after a trial that was stopped with its weights in shards, equal settings give equal losses.
-    losses = {}
-    for trial in trials:
-        if trial["state"] == "complete":
-            settings = {"stage2.lr": 0.01, "stage2.gates": "off"} | trial["settings"]
-            losses.setdefault(str(settings), set()).add(trial["loss"])
-    assert all(len(values) == 1 for values in losses.values())
-    assert len(losses) < len(trials) - len(stopped), "some were tried twice"
+    complete = [trial for trial in trials if trial["state"] == "complete"]
+    assert complete[-1]["number"] > stopped[0]["number"]
+    assert len({trial["loss"] for trial in complete}) == 1, "also after one was stopped with its weights in shards"
     client = MlflowClient(resolve_uri(root))
     runs = client.search_runs([client.get_run(document["run_id"]).info.experiment_id])
     assert len(runs) == 1 + len(trials), "one run per trial, not per rank"
