@@ -54,17 +54,21 @@ def merge_adapters(model: nn.Module, gathered: Gather) -> Collection[nn.Paramete
     Returns:
         The weights that changed.
     """
-    changed = []
-    for name, layer in _adapted(model).items():
+    adapted = list(_adapted(model).values())
+    for layer in adapted:
         with gathered(list(layer.parameters()), modify=True):
             layer.merge()
-        base = layer.get_base_layer()
+    remove_adapters(model)
+    return [layer.get_base_layer().weight for layer in adapted]
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Take the adapters out, merged or not."""
+    for name, layer in _adapted(model).items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, base)
-        changed.append(base.weight)
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
-    return changed
 
 
 def _adapted(model: nn.Module) -> dict[str, BaseTunerLayer]:

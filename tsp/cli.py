@@ -1,7 +1,6 @@
 """The command line: click -> typed config -> one call. Heavy imports are made inside the commands."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,19 @@ import click
 
 from tsp import __version__
 from tsp.cli_compare import compare
+from tsp.cli_tune import tune
 from tsp.exits import exit_codes, run_passing_signals, stdout_kept_clean
+from tsp.launch import is_first_rank, launch_command, launcher_options, world_size
 from tsp.options import (
     Command,
     Group,
     configs_from_options,
-    is_given,
     job_options,
     layer_indices,
     sharding_path,
     slices_option,
     tasks_option,
 )
-from tsp.paths import shipped
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,6 +31,7 @@ def main() -> None:
 
 
 main.add_command(compare)
+main.add_command(tune)
 
 
 @click.command(cls=Command)
@@ -40,35 +40,21 @@ main.add_command(compare)
 def launched_prune(local_rank: int | None, **options: Any) -> None:
     """Prune a model on the ranks that `deepspeed` started."""
     with exit_codes(debug=options["debug"]):
-        _prune(options, world_size=_world_size())
+        _prune(options, world_size=world_size())
 
 
 @main.command()
-@click.option("--nproc", type=click.IntRange(min=1), help="Ranks on this node [one per GPU; 1 without].")
-@click.option("--hostfile", type=click.Path(path_type=Path), help="Passed on to deepspeed.")
-@click.option("--include", help="Passed on to deepspeed.")
-@click.option("--master-port", type=int, help="Passed on to deepspeed.")
+@launcher_options
 @job_options
 @click.pass_context
-def prune(
-    context: click.Context,
-    /,
-    nproc: int | None,
-    hostfile: Path | None,
-    include: str | None,
-    master_port: int | None,
-    **options: Any,
-) -> None:
+def prune(context: click.Context, /, **options: Any) -> None:
     """Prune a model: `deepspeed launchers/prune.py` with the same options."""
     with exit_codes(debug=options["debug"]):
         configs_from_options(options)
         if options["dry_run"]:
-            _prune(options, world_size=nproc or 1)
+            _prune(options, world_size=options["nproc"] or 1)
             return
-        command = [str(Path(sys.executable).with_name("deepspeed"))]
-        passed = {"num_accelerators": nproc, "hostfile": hostfile, "include": include, "master_port": master_port}
-        command += [text for name, value in passed.items() if value is not None for text in (f"--{name}", str(value))]
-        command += [str(shipped("launchers/prune.py")), *_again(context)]
+        command = launch_command(context, launched_prune, "prune.py")
     sys.exit(run_passing_signals(command))
 
 
@@ -101,8 +87,8 @@ def evaluate(
         given = [nest("model.path", model), nest("eval.sources", list(eval_data)), nest("eval.slices", slices)]
         given.append(nest("eval.tasks", list(tasks)))
         config = load_config([*given, *map(parse_override, overrides)])
-        result = evaluate_model(config, ds, root=Path.cwd(), world_size=_world_size(), against=against)
-        if not _is_first_rank():
+        result = evaluate_model(config, ds, root=Path.cwd(), world_size=world_size(), against=against)
+        if not is_first_rank():
             return
         if as_json:
             print(json.dumps(result), file=stdout)
@@ -231,13 +217,13 @@ def _prune(options: dict[str, Any], world_size: int) -> None:
         return
     job = prepare(configs[0][1], ds_path, output, root=root, world_size=world_size)
     if options["dry_run"]:
-        if _is_first_rank():
+        if is_first_rank():
             print_plan(job)
         return
     from tsp.pipeline import prune
 
     result, links = prune(job, root)
-    if _is_first_rank():
+    if is_first_rank():
         from tsp.tracking.store import resolve_uri
 
         print_result(result, links["run"], resolve_uri(root))
@@ -250,40 +236,13 @@ def _sweep(options: dict[str, Any], configs: list[tuple[dict[str, Any], Any]], w
     root, ds_path, output = Path.cwd(), sharding_path(options), options["output"]
     jobs = prepare_sweep(configs, ds_path, output, root=root, world_size=world_size)
     if options["dry_run"]:
-        if _is_first_rank():
+        if is_first_rank():
             print_plan(*jobs)
         return
     children, links = run_sweep(jobs, root)
-    if _is_first_rank():
+    if is_first_rank():
         from tsp.tracking.run import experiment_name
 
         print_sweep(children, experiment_name(jobs[0].config.tracking.experiment), links["run"])
     if any(child.status == "FAILED" for child in children):
         sys.exit(1)
-
-
-def _world_size() -> int:
-    """Ranks, as the launcher has it; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _again(context: click.Context) -> list[str]:
-    """The job options of this call, as the launcher takes them."""
-    names = {parameter.name for parameter in launched_prune.params}
-    words: list[str] = []
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        if parameter.name not in names or not is_given(value):
-            continue
-        flag = parameter.opts[0]
-        values = value if isinstance(value, tuple) else (value,)
-        words += [flag] if value is True else [word for item in values for word in (flag, _as_word(item))]
-    return words
-
-
-def _as_word(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -36,9 +36,14 @@ def exit_codes(*, debug: bool = False) -> Iterator[None]:
         _end(f"{type(error).__name__}: {' '.join(str(error).split())}"[:400], 1, debug=True)
 
 
-def run_passing_signals(command: Sequence[str]) -> int:
-    """Run a command to its end, hand SIGTERM and SIGINT on to it, and return its exit code."""
-    child = subprocess.Popen(command)
+def run_passing_signals(command: Sequence[str], *, stdout: TextIO | None = None) -> int:
+    """Run a command to its end, hand SIGTERM and SIGINT on to it, and return its exit code.
+
+    Args:
+        command: its words.
+        stdout: where its stdout goes; None: ours.
+    """
+    child = subprocess.Popen(command, stdout=stdout)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, frame: child.send_signal(signum))
     code = child.wait()

@@ -78,6 +78,17 @@ def layers_of(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [nest(key, value) for key, value in choice.items()]
 
 
+def kinds_of(key: str) -> tuple[Any, ...]:
+    """The types of values that a setting takes, by its dotted key; none where there is no such setting."""
+    section: Any = JobConfig
+    for part in key.split("."):
+        field = getattr(section, "model_fields", {}).get(part)
+        if field is None:
+            return ()
+        section = field.annotation
+    return get_args(section) if get_origin(section) in (Union, UnionType) else (section,)
+
+
 def _varies(key: str, values: list[Any]) -> bool:
     if not _takes_list(key):
         return True
@@ -85,14 +96,6 @@ def _varies(key: str, values: list[Any]) -> bool:
 
 
 def _takes_list(key: str) -> bool:
-    section: Any = JobConfig
-    for part in key.split("."):
-        field = getattr(section, "model_fields", {}).get(part)
-        if field is None:
-            return True  # No setting of ours: the config itself complains.
-        section = field.annotation
-    return any(get_origin(kind) in (tuple, list) or kind in (tuple, list) for kind in _alternatives(section))
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = kinds_of(key)
+    # No setting of ours: the config itself complains.
+    return not kinds or any(get_origin(kind) in (tuple, list) or kind in (tuple, list) for kind in kinds)

@@ -69,7 +69,7 @@ tasks_option = click.option(
     help="Tasks of lm-evaluation-harness (pip install 'tsp[eval]').",
 )
 
-_OPTIONS = [
+_OF_A_JOB = [
     click.option("--ds", type=click.Path(path_type=Path), help="DeepSpeed JSON that says how to shard [zero3]."),
     click.option("--model", help="Hub id, folder or models:/name@alias [embedded demo model]."),
     click.option("--data", help="Calibration text: hub id, .txt/.jsonl/.parquet file, folder, or stdlib [stdlib]."),
@@ -94,9 +94,6 @@ _OPTIONS = [
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Dotted config key; repeatable."),
     click.option("--experiment", help="MLflow experiment [tsp]."),
     click.option("--run-name", help="Name of the MLflow run."),
-    click.option("--register", metavar="NAME", help="Name in the model registry [<model>-pruned]."),
-    click.option("--no-register", is_flag=True, help="Do not register the pruned model."),
-    click.option("--output", type=click.Path(path_type=Path), help="New folder [mlruns/output/<run id>]."),
     click.option(
         "--seed", type=OneOrMore(int), help="Of the order of sequences and of start values [0]; a,b: a sweep."
     ),
@@ -104,6 +101,11 @@ _OPTIONS = [
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
     click.option("--dry-run", is_flag=True, help="Print the resolved config and the plan, and exit."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+]
+_OF_ITS_RESULT = [
+    click.option("--register", metavar="NAME", help="Name in the model registry [<model>-pruned]."),
+    click.option("--no-register", is_flag=True, help="Do not register the pruned model."),
+    click.option("--output", type=click.Path(path_type=Path), help="New folder [mlruns/output/<run id>]."),
 ]
 
 
@@ -141,7 +143,14 @@ def is_given(value: Any) -> bool:
 
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of a job to a click command."""
-    for option in reversed(_OPTIONS):
+    for option in reversed([*_OF_ITS_RESULT, *_OF_A_JOB]):
+        command = option(command)
+    return command
+
+
+def trial_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add those of a job that is only measured: nothing is saved or registered."""
+    for option in reversed(_OF_A_JOB):
         command = option(command)
     return command
 
@@ -208,6 +217,22 @@ def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
     config = load_config([weakest, *layers])
     refuse_nonsense(config)
     return config
+
+
+def differing(config: "JobConfig") -> dict[str, Any]:
+    """What a `--config` file has to state so that it alone gives this job, names in MLflow aside; nested."""
+    from tsp.config import flatten, merged, nest
+
+    model_and_method = {"model": {"path": config.model.path}, "prune": {"method": config.prune.method}}
+    unstated, wanted = (
+        flatten(given.model_dump(mode="json", exclude={"tracking"}))
+        for given in (_config([model_and_method], sweep=False), config)
+    )
+    return merged(
+        nest(key, value)
+        for key, value in wanted.items()
+        if value != unstated[key] or (key == "model.path" and value) or (key == "prune.method" and value != "tsp")
+    )
 
 
 def sharding_path(options: Mapping[str, Any]) -> Path:

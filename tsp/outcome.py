@@ -7,7 +7,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -69,7 +69,9 @@ class Outcome:
     watch: "Stopwatch"
 
 
-def open_run(job: "Job", engine: Engine, root: Path, parent: str | None = None) -> Tracker:
+def open_run(
+    job: "Job", engine: Engine, root: Path, parent: str | None = None, kind: Literal["job", "trial"] = "job"
+) -> Tracker:
     """Start the run, below its sweep's if it has a parent, and log everything that is known before the first step."""
     config, source = job.config, job.source
     resolved = config.model_dump(mode="json")
@@ -90,9 +92,10 @@ def open_run(job: "Job", engine: Engine, root: Path, parent: str | None = None) 
             "base_revision": source.revision or "",
             "world_size": str(engine.world_size),
             "zero_stage": str(engine.zero_stage),
-            KIND_TAG: "job",
+            KIND_TAG: kind,
             **({} if job.plan.num_drop is None else {"num_drop": str(job.num_drop)}),
-            JOB_HASH: job.hash,
+            # A trial is not evaluated: a sweep is not to take it for the finished job.
+            **({JOB_HASH: job.hash} if kind == "job" else {}),
             "config_hash": hashlib.sha256(resolved_yaml.encode()).hexdigest()[:16],
             "tsp_version": __version__,
             **{f"version.{package}": version for package, version in versions.items()},

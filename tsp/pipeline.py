@@ -6,8 +6,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ from tsp.tracking.run import Tracker
 
 log = logging.getLogger("tsp")
 
+MODEL = "model"
+"""The key of the loaded model among what jobs share."""
 _PROBE_TOKENS = 64
 
 
@@ -72,49 +74,87 @@ def run_job(
     Returns:
         As `prune`.
     """
+    with tracked(engine, lambda: open_run(job, engine, root, parent)) as (tracker, run_id):
+        output = (job.output or root / "mlruns" / "output" / run_id).absolute()
+        with logging_to(output / "job.log" if engine.is_first else None):
+            result = _run(job, engine, tracker, output, shared)
+    return result, tracker.links()
+
+
+@contextmanager
+def tracked(engine: Engine, start: Callable[[], Tracker]) -> Iterator[tuple[Tracker | NullTracker, str]]:
+    """A run for the length of a block; however that ends, the run says so, unless it was finished inside.
+
+    Args:
+        engine: tells every rank the run's id, or why there is none.
+        start: opens the run; called on rank 0.
+
+    Yields:
+        The tracker, off rank 0 one that does nothing, and the run's id.
+    """
     tracker: Tracker | NullTracker = NullTracker()
 
     def open_own() -> str:
         nonlocal tracker
-        tracker = open_run(job, engine, root, parent)
+        tracker = start()
         return tracker.run_id
 
     run_id = engine.on_first(open_own)
     try:
-        output = (job.output or root / "mlruns" / "output" / run_id).absolute()
-        with logging_to(output / "job.log" if engine.is_first else None):
-            result = _run(job, engine, tracker, output, shared)
-        tracker.finish("FINISHED")
+        yield tracker, run_id
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         tracker.finish("KILLED" if killed else "FAILED", reason=f"{type(error).__name__}: {error}"[:500])
         raise
-    return result, tracker.links()
+    tracker.finish("FINISHED")
+
+
+def make_bench(job: Job, engine: Engine, tracker: Tracker | NullTracker, *, shared: Shared, watch: Stopwatch) -> Bench:
+    """What a method works with; the model is loaded if no job before this one did."""
+    load_model = partial(_load, job, engine)
+    return Bench(
+        config=job.config,
+        engine=engine,
+        decoder=shared.once(MODEL, watch, "load", load_model),
+        blocks_NT=job.calibration.blocks,
+        tracker=tracker,
+        load_again=load_model,
+        protected=job.protected,
+        read_by_others=job.source.read_by_others,
+    )
+
+
+def transfer(job: Job, bench: Bench, doomed: tuple[int, ...], watch: Stopwatch) -> None:
+    """Move what the doomed layers know into the others, if that is asked for; the model is unmounted."""
+    move = transfer_verb(job.config.transfer)
+    if move is None:
+        return
+    bench.seconds_left = job.config.budget_s and job.config.budget_s - watch.seconds["select"]
+    with watch("transfer"):
+        move(bench, doomed, save_dtype=job.source.dtype)
 
 
 def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path, shared: Shared) -> dict[str, Any]:
     watch, started = Stopwatch(), time.perf_counter()
-    decoder = shared.once("model", watch, "load", partial(_load, job, engine))
-    weights_gib = engine.weights_gib(decoder.model)
-    new_bench = partial(_bench, job, engine, decoder)
-    exam = shared.once(("exam", *_exam_key(job)), watch, "evaluate", lambda: _exam(job, engine))
+    new_bench = partial(make_bench, job, engine, shared=shared, watch=watch)
     bench, trial, curve = new_bench(tracker), None, []
+    model = bench.decoder.model
+    weights_gib = engine.weights_gib(model)
+    exam = shared.once(("exam", *_exam_key(job)), watch, "evaluate", lambda: _exam(job, engine))
     if job.plan.num_drop is None:
         search = Search(job=job, new_bench=new_bench, tracker=tracker, shared=shared, watch=watch)
         trial = search.find()
         job, bench, curve = trial.job, trial.bench, search.rows
         tracker.tags({"num_drop": job.num_drop})
     scores, chosen, states = _choose(job, bench, exam, shared, watch, trial)
-    transfer = transfer_verb(job.config.transfer)
-    with engine.restored(decoder.model) if shared.more_to_come and transfer else nullcontext():
+    moves = job.config.transfer != "none"
+    with engine.restored(model) if shared.more_to_come and moves else nullcontext():
         if trial is not None and trial.weights is not None:
             put_back(trial.weights)
             trial = None  # Frees host memory.
-        elif transfer is not None:
-            bench.seconds_left = job.config.budget_s and job.config.budget_s - watch.seconds["select"]
-            with watch("transfer"):
-                transfer(bench, chosen.doomed, save_dtype=job.source.dtype)
-        known = None if transfer else states["bare_drop"]
+        else:
+            transfer(job, bench, chosen.doomed, watch)
+        known = None if moves else states["bare_drop"]
         states["pruned"], tuning_loss, report = _drop(job, bench, exam, chosen.doomed, known, output / "model", watch)
     peak_memory_gib = engine.peak_memory_gib()
     quantized = _quantized(job, engine, exam, shared, output, watch) if job.config.quantize else {}
@@ -226,19 +266,6 @@ def _load(job: Job, engine: Engine) -> Decoder:
     if source.text_only and engine.is_first:
         log.warning("%s holds more than a language model; the checkpoint will be the language model alone", source.name)
     return decoder
-
-
-def _bench(job: Job, engine: Engine, decoder: Decoder, tracker: Tracker | NullTracker) -> Bench:
-    return Bench(
-        config=job.config,
-        engine=engine,
-        decoder=decoder,
-        blocks_NT=job.calibration.blocks,
-        tracker=tracker,
-        load_again=partial(_load, job, engine),
-        protected=job.protected,
-        read_by_others=job.source.read_by_others,
-    )
 
 
 def _exam_key(job: Job) -> tuple[str, ...]:

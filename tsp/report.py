@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from tsp.sweep import Child
 
 
-def print_plan(*jobs: "Job", stdout: TextIO | None = None) -> None:
-    """The resolved config and the plan, as YAML; of a sweep those of each job."""
+def print_plan(*jobs: "Job", space: dict[str, str] | None = None, stdout: TextIO | None = None) -> None:
+    """The resolved config and the plan, as YAML; of a sweep those of each job, of a search also its space."""
     documents = [_plan(job) for job in jobs]
     content = documents[0] if not jobs[0].varied else {"num_jobs": len(jobs), "jobs": documents}
+    if space is not None:
+        content = {"space": space, **content}
     yaml.safe_dump(content, stdout or sys.stdout, sort_keys=False)
 
 

@@ -64,3 +64,7 @@ class Shared:
         watch.add(phase, seconds)
         watch.paid.add(key)
         return value
+
+    def forget(self, key: Hashable) -> None:
+        """The next that asks for it makes it anew."""
+        self._things.pop(key, None)

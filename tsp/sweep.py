@@ -22,9 +22,8 @@ from tsp.errors import ConfigError, TspError
 from tsp.grid import in_words
 from tsp.job import Job, Preparation
 from tsp.outcome import JOB_HASH
-from tsp.pipeline import run_job
+from tsp.pipeline import run_job, tracked
 from tsp.shared import Shared
-from tsp.tracking.null import NullTracker
 from tsp.tracking.results import KIND_TAG, finished_jobs, runs_by_tag
 from tsp.tracking.run import Tracker, start_run
 
@@ -95,16 +94,8 @@ def run_sweep(jobs: Sequence[Job], root: Path) -> tuple[list[Child], dict[str, s
     engine = Engine.start(jobs[0].config, jobs[0].sharding)
     finished, failed = engine.on_first(lambda: _earlier(jobs, root))
     left = sorted((job for job in jobs if job.hash not in finished), key=lambda job: job.hash in failed)
-    tracker: Tracker | NullTracker = NullTracker()
-
-    def open_parent() -> str:
-        nonlocal tracker
-        tracker = _open_parent(jobs, root)
-        return tracker.run_id
-
-    parent = engine.on_first(open_parent)
     children = {job.hash: Child(job.varied, "SKIPPED", finished[job.hash]) for job in jobs if job.hash in finished}
-    try:
+    with tracked(engine, lambda: _open_parent(jobs, root)) as (tracker, parent):
         shared = Shared()
         for number, job in enumerate(left, start=1):
             log.warning("job %d of %d: %s", number, len(left), in_words(job.varied)) if engine.is_first else None
@@ -114,13 +105,10 @@ def run_sweep(jobs: Sequence[Job], root: Path) -> tuple[list[Child], dict[str, s
             children[job.hash], shared = _attempt(job, root, shared, parent)
         if isinstance(tracker, Tracker):
             _compare(tracker, root)
-    except BaseException as error:
-        killed = isinstance(error, KeyboardInterrupt)
-        tracker.finish("KILLED" if killed else "FAILED", reason=f"{type(error).__name__}: {error}"[:500])
-        raise
-    ended = [children[job.hash] for job in jobs]
-    num_failed = sum(child.status == "FAILED" for child in ended)
-    tracker.finish(*(("FAILED", f"{num_failed} of {len(jobs)} jobs failed") if num_failed else ("FINISHED",)))
+        ended = [children[job.hash] for job in jobs]
+        num_failed = sum(child.status == "FAILED" for child in ended)
+        if num_failed:
+            tracker.finish("FAILED", f"{num_failed} of {len(jobs)} jobs failed")
     engine.stop()
     return ended, tracker.links()
 

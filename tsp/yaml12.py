@@ -14,16 +14,25 @@ from tsp.errors import ConfigError
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read an experiment file; it states only what differs from the defaults."""
+def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
+    """Read an experiment file; it states only what differs from the defaults.
+
+    Args:
+        path: of the file.
+        option: that named it, for the message.
+
+    Raises:
+        ConfigError: no such file, no valid YAML, or no mapping.
+    """
+    place = f"{option} {path}"
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"), f"--config {path}")
+        content = parse_yaml(path.read_text(encoding="utf-8"), place)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
+        raise ConfigError(f"{place}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: no UTF-8: {error}") from None
+        raise ConfigError(f"{place}: no UTF-8: {error}") from None
     if not isinstance(content, dict | None):
-        raise ConfigError(f"--config {path}: must be a mapping, got {type(content).__name__}")
+        raise ConfigError(f"{place}: must be a mapping, got {type(content).__name__}")
     return content or {}
 
 

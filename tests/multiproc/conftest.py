@@ -16,11 +16,16 @@ def start(
     script: Path, *arguments: object, num_ranks: int, cwd: Path, timeout_s: float = 400
 ) -> subprocess.CompletedProcess:
     """`deepspeed --num_accelerators N SCRIPT ...`, as a user would."""
+    words = ["deepspeed", "--num_accelerators", num_ranks, "--master_port", free_port(), script, *arguments]
+    return run(words, cwd=cwd, timeout_s=timeout_s)
+
+
+def run(command: list[object], *, cwd: Path, timeout_s: float = 400) -> subprocess.CompletedProcess:
+    """A command that starts ranks, in the environment of a user's shell."""
     dropped = LAUNCHER_VARIABLES | {"MLFLOW_RUN_ID"}
     environment = {key: value for key, value in os.environ.items() if key not in dropped}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")])
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-    command = ["deepspeed", "--num_accelerators", num_ranks, "--master_port", free_port(), script, *arguments]
     words = [str(word) for word in command]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     with subprocess.Popen(words, cwd=cwd, env=environment, **options) as child:
@@ -40,3 +45,9 @@ def start(
 def launch():
     """The function that starts ranks."""
     return start
+
+
+@pytest.fixture(scope="session")
+def command():
+    """The function that runs a command line."""
+    return run

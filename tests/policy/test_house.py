@@ -49,6 +49,7 @@ NEVER_IMPORTED = {
 OPTIONAL = {
     "gguf": "extra of its own, asked for where it is missing",
     "lm_eval": "extra `eval`, asked for where it is missing",
+    "optuna": "extra `tune`, asked for where it is missing",
     "torchao": "extra `quantize`, asked for where it is missing",
 }
 

@@ -65,18 +65,26 @@ FLOORS = {
         "tsp.pipeline",
         "tsp.plan",
         "tsp.quantize",
+        "tsp.search",
+        "tsp.space",
+        "tsp.study",
         "tsp.sweep",
+        "tsp.tune",
+        "tsp.tuned",
         "tsp.verify",
     ),
     "doors": (
         "tsp.__main__",
         "tsp.cli",
         "tsp.cli_compare",
+        "tsp.cli_tune",
         "tsp.doctor",
         "tsp.exits",
+        "tsp.launch",
         "tsp.options",
         "tsp.report",
         "tsp.report_compare",
+        "tsp.report_tune",
         "launchers",
     ),
 }
@@ -85,10 +93,10 @@ FLOORS = {
 LIBRARIES = {
     "PIL": ("tsp.tracking",),
     "alembic": ("tsp.tracking",),
-    "click": ("tsp.cli", "tsp.cli_compare", "tsp.options", "launchers"),
+    "click": ("tsp.cli", "tsp.cli_compare", "tsp.cli_tune", "tsp.launch", "tsp.options", "launchers"),
     "datasets": ("tsp.documents",),
     "deepspeed": ("tsp.engine",),
-    "filelock": ("tsp.tracking",),
+    "filelock": ("tsp.study", "tsp.tracking"),
     "gguf": ("tsp.loaders",),
     "huggingface_hub": ("tsp.source",),
     "jinja2": ("tsp.chat", "tsp.compare.page"),
@@ -96,12 +104,13 @@ LIBRARIES = {
     "matplotlib": ("tsp.compare.canvas", "tsp.compare.plots", "tsp.figures"),
     "mlflow": ("tsp.tracking",),
     "numpy": ("tsp.figures", "tsp.outcome"),
+    "optuna": ("tsp.study",),
     "packaging": ("tsp.doctor",),
     "peft": ("tsp.adapters",),
     "psutil": ("tsp.doctor", "tsp.tracking"),
     "pyarrow": ("tsp.documents",),
     "pydantic": ("tsp.config", "tsp.settings"),
-    "rich": ("tsp.report", "tsp.report_compare"),
+    "rich": ("tsp.report", "tsp.report_compare", "tsp.report_tune"),
     "safetensors": ("tsp.checkpoint", "tsp.drop", "tsp.proof"),
     "sqlalchemy": ("tsp.tracking",),
     "tokenizers": ("tsp.demo.train",),
@@ -120,7 +129,7 @@ LIBRARIES = {
         "tsp.surgery",
         "tsp.tracking.registry",
     ),
-    "yaml": ("tsp.yaml12", "tsp.outcome", "tsp.report", "tsp.tracking.registry"),
+    "yaml": ("tsp.yaml12", "tsp.outcome", "tsp.report", "tsp.tracking.registry", "tsp.tuned"),
 }
 
 # What takes more than a tenth of a second to import.
@@ -236,7 +245,9 @@ def test_methods_know_neither_machines_nor_tracking(module):
     assert not forbidden
 
 
-@pytest.mark.parametrize("module", ["tsp.cli", "tsp.options", "tsp.exits", "tsp.errors", "tsp.paths", "tsp.methods"])
+@pytest.mark.parametrize(
+    "module", ["tsp.cli", "tsp.launch", "tsp.options", "tsp.exits", "tsp.errors", "tsp.paths", "tsp.methods"]
+)
 def test_doors_import_nothing_heavy(module):
     code = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)

@@ -7,6 +7,7 @@ import torch
 
 from tests.models import bench, job, logits, make_identity, sample, tiny_model, tokens
 from tsp.decoder import find_decoder
+from tsp.errors import TspError
 from tsp.methods.trsp import stage2
 from tsp.methods.trsp.stage2 import gate_value, learning_rate, transfer
 
@@ -310,3 +311,25 @@ def test_a_failure_in_the_middle_leaves_no_layer_bypassed(trainable, monkeypatch
         transfer(made, DOOMED, save_dtype=torch.float32)
     assert made.decoder.bypassed == frozenset()
     assert not any(layer._forward_hooks for layer in made.decoder.layers)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full", "none"])
+def test_who_stops_it_between_two_steps_gets_a_plain_model_back(trainable):
+    made = bench(
+        tiny_model(num_layers=LAYERS),
+        tokens(32, 12),
+        job(stage2__trainable=trainable, stage2__gates="anneal", stage2__lr=0.05, stage2__steps=9),
+    )
+    steps = []
+
+    def stop(stage, stats, gates):
+        steps.append((stage, stats.step, [gates[index] for index in DOOMED]))
+        if stats.step == 4:
+            raise TspError("enough")
+
+    made.after_step = stop
+    with pytest.raises(TspError, match="enough"), made.engine.restored(made.decoder.model):
+        transfer(made, DOOMED, save_dtype=torch.float32)
+    assert [step for _, step, _ in steps] == [0, 1, 2, 3, 4]
+    assert plain(made)
+    assert changed(made) == set()

@@ -39,7 +39,7 @@ class Bench:
     load_again: Callable[[], Decoder]
     """A second, frozen copy of the dense model: the teacher where all weights are trained."""
     model: Mounted | None = None
-    """The frozen model, mounted; while scoring."""
+    """The model, mounted; while scoring, and between two steps of stage 2."""
     protected: Collection[int] = ()
     read_by_others: Collection[int] = ()
     """Layers whose keys and values later ones read (`source.Source`): they always have to run."""
@@ -53,10 +53,12 @@ class Bench:
     """For the transfer; None: it trains for `stage2.steps`."""
     transfer_steps: int = 0
     """Optimizer steps that the transfer did."""
+    after_step: Callable[[str, StepStats, list[float]], None] = lambda stage, stats, gates: None
+    """Called on every rank between two steps; what it raises, on all of them alike, stops the job there."""
 
     def loss_without(self, bypassed: Collection[int], blocks_NT: Tensor, name: str | None = None) -> float:
         """Mean cross-entropy on some blocks with these layers bypassed, nats per token; the same on every rank."""
-        assert self.model is not None, "measured while scoring"
+        assert self.model is not None, "measured while it is mounted"
         sharing = self.engine.sharing(self.config.eval.batch_size)
         with self.decoder.bypassing(bypassed):
             return float(window_losses(self.model, blocks_NT, **sharing, name=name).mean())
@@ -73,6 +75,7 @@ class Bench:
         self.global_step += 1
         self.trained_tokens += stats.tokens
         self.transfer_steps += stage == "stage2"
+        self.after_step(stage, stats, gates)
 
 
 class Method(Protocol):

@@ -5,7 +5,8 @@ NOTE_TAG = "mlflow.note.content"
 NOTE = """\
 **One run is one job**: a model that lost some of its layers, and what that did to it. A run with the tag
 `tsp.kind` = `sweep` is the parent of many jobs and holds their comparison (artifacts `comparison/`); unfold it to see
-its children, or filter with `tags."tsp.kind" = "job"`.
+its children, or filter with `tags."tsp.kind" = "job"`. `tune` is the parent of a search (`tsp tune`), `trial` one of
+its trials, which are not evaluated: look at `tune/loss`.
 
 **Columns to show:** tags `method`, `transfer`, `num_drop`, `base_model`, `dropped`; params `seed`, `stage2.lr`,
 `stage2.steps`, `data.source`, `budget_s`; metrics `ppl_ratio`, `ppl_ratio/<corpus>`, `perf/select_s`,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("tsp")
 
 KIND_TAG = "tsp.kind"
-"""`job`, or `sweep` for the parent run of many jobs."""
+"""`job`, or `sweep` for the parent run of many jobs; `trial` and `tune` for those of `tsp tune`."""
 
 
 @dataclass(frozen=True, kw_only=True)

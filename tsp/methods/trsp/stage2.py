@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tsp.adapters import adapters_off, add_adapters, merge_adapters
+from tsp.adapters import adapters_off, add_adapters, merge_adapters, remove_adapters
 from tsp.checkpoint import round_weights
 from tsp.config import Stage2Config
 from tsp.gates import Gates
@@ -49,8 +49,15 @@ def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) 
             _teacher(bench, model, gates) as teacher,
             gates.attached(),
         ):
+            bench.model = model
             _run(bench, model, teacher, gates, doomed)
+    except Exception:
+        # Who stops it between two steps goes on with the model, whose own weights he has put aside.
+        remove_adapters(decoder.model)
+        decoder.model.requires_grad_(False)
+        raise
     finally:
+        bench.model = None
         decoder.bypass(())
     if config.trainable == "lora":
         changed = merge_adapters(decoder.model, engine.gathered)
