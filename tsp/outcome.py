@@ -1,21 +1,15 @@
 """What a job tells: its run in MLflow, `result.json`, figures, and the registered version."""
 
-import hashlib
-import importlib.metadata
-import json
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
-from tsp import __version__
 from tsp.config import flatten
 from tsp.data import Corpus
-from tsp.engine import Engine
 from tsp.errors import ModelError
 from tsp.evaluation.generation_speed import measure_folder
 from tsp.evaluation.summary import metrics, summarise
@@ -24,8 +18,7 @@ from tsp.quantize import Quantized, plain_speeds
 from tsp.records import DropReport, Evaluation, Scores, Selection, write_json
 from tsp.sizes import cache_bytes_per_token, size_gib
 from tsp.tracking.registry import register_checkpoint
-from tsp.tracking.results import KIND_TAG
-from tsp.tracking.run import Tracker, start_run
+from tsp.tracking.run import Tracker
 
 if TYPE_CHECKING:
     from tsp.job import Job
@@ -34,10 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("tsp")
 
 RESULT_SCHEMA = 1
-JOB_HASH = "job_hash"
-"""Tag by which a sweep knows the jobs that are done."""
 PHASES = ("load", "select", "transfer", "evaluate", "save")
-_VERSIONED = ("torch", "deepspeed", "transformers", "mlflow")
 _HEATMAPS = 12
 """Pictures of the gate heatmap's step slider."""
 
@@ -67,48 +57,6 @@ class Outcome:
     """What a search under a bound measured, by number of layers; empty: the number was given."""
     gate_history: list[tuple[int, str, list[float]]]
     watch: "Stopwatch"
-
-
-def open_run(
-    job: "Job", engine: Engine, root: Path, parent: str | None = None, kind: Literal["job", "trial"] = "job"
-) -> Tracker:
-    """Start the run, below its sweep's if it has a parent, and log everything that is known before the first step."""
-    config, source = job.config, job.source
-    resolved = config.model_dump(mode="json")
-    resolved_yaml = yaml.safe_dump(resolved, sort_keys=False)
-    versions = {package: importlib.metadata.version(package) for package in _VERSIONED}
-    asked = (job.plan.bound or f"{job.plan.num_drop}of{job.plan.num_layers}").removeprefix("prune.").replace(" ", "-")
-    name = f"{config.prune.method}-{Path(source.name).name}-{asked}"
-    varied = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in job.varied.items())
-    tracker = start_run(
-        root,
-        experiment=config.tracking.experiment,
-        run_name=varied or config.tracking.run_name or name,
-        parent=parent,
-        tags={
-            "method": config.prune.method,
-            "transfer": config.transfer,
-            "base_model": source.name,
-            "base_revision": source.revision or "",
-            "world_size": str(engine.world_size),
-            "zero_stage": str(engine.zero_stage),
-            KIND_TAG: kind,
-            **({} if job.plan.num_drop is None else {"num_drop": str(job.num_drop)}),
-            # A trial is not evaluated: a sweep is not to take it for the finished job.
-            **({JOB_HASH: job.hash} if kind == "job" else {}),
-            "config_hash": hashlib.sha256(resolved_yaml.encode()).hexdigest()[:16],
-            "tsp_version": __version__,
-            **{f"version.{package}": version for package, version in versions.items()},
-        },
-        params=flatten(resolved),
-    )
-    tracker.text(resolved_yaml, "config.yaml")
-    tracker.text(json.dumps(job.sharding, indent=2), "deepspeed.json")
-    tracker.text(job.command + "\n", "command.txt")
-    tracker.dataset(job.calibration.name, job.calibration.fingerprint, job.calibration.source, "calibration")
-    for corpus in job.evals:
-        tracker.dataset(corpus.name, corpus.fingerprint, corpus.source, "evaluation")
-    return tracker
 
 
 def publish(job: "Job", outcome: Outcome, tracker: Tracker, output: Path, started: float) -> dict[str, Any]:

@@ -6,33 +6,29 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from tsp import saving
 from tsp.bounds import Search, Trial
-from tsp.checkpoint import load, prove, save_without
+from tsp.checkpoint import load
 from tsp.choose import choose
-from tsp.config import ModelConfig
 from tsp.decoder import Decoder
 from tsp.engine import Engine
-from tsp.errors import ModelError
 from tsp.evaluation.state import Exam, evaluate_state
 from tsp.job import Job
 from tsp.machine import put_back
 from tsp.methods import transfer_check, transfer_verb
 from tsp.methods.base import Bench
-from tsp.outcome import Outcome, open_run, publish
+from tsp.outcome import Outcome, publish
 from tsp.progress import logging_to
-from tsp.quantize import Quantized, in_int8
 from tsp.records import DropReport, Evaluation, Scores, Selection
 from tsp.shared import Shared, Stopwatch
-from tsp.source import Source, open_source
+from tsp.tracked import open_run, tracked
 from tsp.tracking.null import NullTracker
 from tsp.tracking.run import Tracker
 
@@ -40,7 +36,6 @@ log = logging.getLogger("tsp")
 
 MODEL = "model"
 """The key of the loaded model among what jobs share."""
-_PROBE_TOKENS = 64
 
 
 def prune(job: Job, root: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -79,34 +74,6 @@ def run_job(
         with logging_to(output / "job.log" if engine.is_first else None):
             result = _run(job, engine, tracker, output, shared)
     return result, tracker.links()
-
-
-@contextmanager
-def tracked(engine: Engine, start: Callable[[], Tracker]) -> Iterator[tuple[Tracker | NullTracker, str]]:
-    """A run for the length of a block; however that ends, the run says so, unless it was finished inside.
-
-    Args:
-        engine: tells every rank the run's id, or why there is none.
-        start: opens the run; called on rank 0.
-
-    Yields:
-        The tracker, off rank 0 one that does nothing, and the run's id.
-    """
-    tracker: Tracker | NullTracker = NullTracker()
-
-    def open_own() -> str:
-        nonlocal tracker
-        tracker = start()
-        return tracker.run_id
-
-    run_id = engine.on_first(open_own)
-    try:
-        yield tracker, run_id
-    except BaseException as error:
-        killed = isinstance(error, KeyboardInterrupt)
-        tracker.finish("KILLED" if killed else "FAILED", reason=f"{type(error).__name__}: {error}"[:500])
-        raise
-    tracker.finish("FINISHED")
 
 
 def make_bench(job: Job, engine: Engine, tracker: Tracker | NullTracker, *, shared: Shared, watch: Stopwatch) -> Bench:
@@ -157,7 +124,9 @@ def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path,
         known = None if moves else states["bare_drop"]
         states["pruned"], tuning_loss, report = _drop(job, bench, exam, chosen.doomed, known, output / "model", watch)
     peak_memory_gib = engine.peak_memory_gib()
-    quantized = _quantized(job, engine, exam, shared, output, watch) if job.config.quantize else {}
+    quantized = {}
+    if job.config.quantize:
+        quantized = saving.quantized(job, engine, exam, _exam_key(job), shared, output, watch)
     outcome = Outcome(
         scores=scores,
         selection=chosen,
@@ -222,7 +191,7 @@ def _drop(
     on tuning text if some is set aside, and what was proved of the checkpoint.
     """
     engine, decoder = bench.engine, bench.decoder
-    probe = _probe(job)
+    probe = saving.probe(job)
     tuning_loss = report = None
     with engine.mounted(decoder.model) as bench.model, decoder.bypassing(doomed):
         with watch("evaluate"):
@@ -233,29 +202,8 @@ def _drop(
             logits = bench.model(probe.to(engine.device))
     if job.config.save and doomed:
         with watch("save"):
-            report = _save(job, engine, decoder, checkpoint, doomed, probe, logits)
+            report = saving.save(job, engine, decoder, checkpoint, doomed, probe, logits)
     return pruned, tuning_loss, report
-
-
-def _quantized(
-    job: Job, engine: Engine, exam: Exam, shared: Shared, output: Path, watch: Stopwatch
-) -> dict[str, Quantized]:
-    """The dense and the pruned model in int8; what does not fit beside the job's own model is left out.
-
-    The pruned one stays, beside the checkpoint that it was made from.
-    """
-    options: dict[str, Any] = {"dtype": engine.dtype, "probe": _probe(job), "trust": job.source.trust_remote_code}
-    dense = partial(in_int8, job.source.folder, output / "dense-int8", exam, "quantized", keep=False, **options)
-    pruned = partial(in_int8, output / "model", output / "model-int8", exam, "pruned_quantized", keep=True, **options)
-    made: dict[str, Quantized] = {}
-    for state, make, key in (("quantized", dense, _exam_key(job)), ("pruned_quantized", pruned, output)):
-        try:
-            made[state] = shared.once((state, key), watch, "evaluate", partial(engine.on_first, make))
-        except ModelError as error:
-            # The job has done its work; it is not to fail for this.
-            if engine.is_first:
-                log.warning("%s is left out: %s", state.replace("_", " "), error)
-    return made
 
 
 def _load(job: Job, engine: Engine) -> Decoder:
@@ -272,11 +220,6 @@ def _exam_key(job: Job) -> tuple[str, ...]:
     return (job.config.eval.model_dump_json(), *(corpus.fingerprint for corpus in job.evals))
 
 
-def _probe(job: Job) -> Tensor:
-    """Tokens `[B, T]` whose logits prove a saved folder."""
-    return job.evals[0].blocks[:2, :_PROBE_TOKENS]
-
-
 def _exam(job: Job, engine: Engine) -> Exam:
     return Exam(
         config=job.config.eval,
@@ -284,33 +227,4 @@ def _exam(job: Job, engine: Engine) -> Exam:
         max_positions=job.source.max_positions,
         sharing=engine.sharing(job.config.eval.batch_size),
         tasks=job.tasks,
-    )
-
-
-def _save(
-    job: Job,
-    engine: Engine,
-    decoder: Decoder,
-    checkpoint: Path,
-    dropped: Sequence[int],
-    tokens: Tensor,
-    logits: Tensor,
-) -> DropReport:
-    """Write the checkpoint and prove it in a fresh process."""
-    source = job.source
-    save_without(decoder, source, dropped, checkpoint, gathered=engine.gathered, write=engine.is_first)
-    return engine.on_first(lambda: _prove(checkpoint, tokens, logits, dropped, source))
-
-
-def _prove(checkpoint: Path, tokens: Tensor, logits: Tensor, dropped: Sequence[int], source: Source) -> DropReport:
-    pruned = open_source(ModelConfig(path=str(checkpoint), trust_remote_code=source.trust_remote_code))
-    proof = prove(pruned, tokens, logits)
-    if proof["faults"]:
-        raise ModelError(f"the saved checkpoint {checkpoint} is not the pruned model: {'; '.join(proof['faults'])}")
-    return DropReport(
-        dropped=tuple(dropped),
-        num_layers=source.num_layers,
-        checkpoint=str(checkpoint),
-        max_logit_difference=proof["max_logit_difference"],
-        cached_equals_uncached=proof["cached_equals_uncached"],
     )

@@ -21,9 +21,9 @@ from tsp.engine import Engine
 from tsp.errors import ConfigError, TspError
 from tsp.grid import in_words
 from tsp.job import Job, Preparation
-from tsp.outcome import JOB_HASH
-from tsp.pipeline import run_job, tracked
+from tsp.pipeline import run_job
 from tsp.shared import Shared
+from tsp.tracked import JOB_HASH, tracked
 from tsp.tracking.results import KIND_TAG, finished_jobs, runs_by_tag
 from tsp.tracking.run import Tracker, start_run
 

@@ -23,13 +23,13 @@ from tsp.grid import in_words
 from tsp.job import Job
 from tsp.methods import transfer_check
 from tsp.methods.base import Bench
-from tsp.outcome import open_run
-from tsp.pipeline import MODEL, make_bench, tracked, transfer
+from tsp.pipeline import MODEL, make_bench, transfer
 from tsp.progress import logging_to
 from tsp.search import Search
 from tsp.shared import Shared, Stopwatch
 from tsp.space import steps_compare, with_settings
 from tsp.study import KILLED, Study, Trial
+from tsp.tracked import open_run, tracked
 from tsp.tracking.null import NullTracker
 from tsp.tracking.results import KIND_TAG, runs_by_tag
 from tsp.tracking.run import Tracker, start_run

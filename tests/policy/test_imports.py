@@ -65,10 +65,12 @@ FLOORS = {
         "tsp.pipeline",
         "tsp.plan",
         "tsp.quantize",
+        "tsp.saving",
         "tsp.search",
         "tsp.space",
         "tsp.study",
         "tsp.sweep",
+        "tsp.tracked",
         "tsp.tune",
         "tsp.tuned",
         "tsp.verify",
@@ -126,10 +128,11 @@ LIBRARIES = {
         "tsp.evaluation.generation_speed",
         "tsp.proof",
         "tsp.quantize",
+        "tsp.saving",
         "tsp.surgery",
         "tsp.tracking.registry",
     ),
-    "yaml": ("tsp.yaml12", "tsp.outcome", "tsp.report", "tsp.tracking.registry", "tsp.tuned"),
+    "yaml": ("tsp.yaml12", "tsp.tracked", "tsp.report", "tsp.tracking.registry", "tsp.tuned"),
 }
 
 # What takes more than a tenth of a second to import.
