@@ -128,7 +128,6 @@ LIBRARIES = {
         "tsp.evaluation.generation_speed",
         "tsp.proof",
         "tsp.quantize",
-        "tsp.saving",
         "tsp.surgery",
         "tsp.tracking.registry",
     ),
