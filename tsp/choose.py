@@ -1,7 +1,7 @@
 """Choose the doomed layers: score by the method, cut the order, verify by the calibration loss, swap if asked for."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from tsp.data import evenly_spread
 from tsp.job import Job
 from tsp.methods import METHODS, is_nested, score_verb, transfer_check
 from tsp.methods.base import Bench
+from tsp.methods.leave_out import losses_without
 from tsp.records import Scores, Selection
 from tsp.shared import Shared, Stopwatch
 from tsp.source import check_drop
@@ -99,11 +100,14 @@ def _select(bench: Bench, job: Job, scores: Scores, shared: Shared, watch: Stopw
         key = ("loss", job.calibration.fingerprint, config.verify_blocks, frozenset(doomed))
         return shared.once(key, watch, "select", lambda: bench.loss_without(doomed, blocks, "verify"))
 
+    def losses(gone: Collection[int], candidates: Sequence[int]) -> Mapping[int, float]:
+        key = ("losses", job.calibration.fingerprint, config.verify_blocks, frozenset(gone), tuple(candidates))
+        return shared.once(key, watch, "select", lambda: losses_without(bench, gone, candidates, blocks, "swap"))
+
     doomed = selection.cut(scores.order, job.num_drop, protected)
-    best, best_loss = doomed, loss(doomed)
-    if config.swap_rounds and config.drop is None and doomed:
-        best, best_loss = selection.swap_search(
-            doomed, bench.decoder.num_layers, loss, protected=protected, max_rounds=config.swap_rounds
-        )
+    rounds = config.swap_rounds if config.drop is None else 0
+    best, best_loss = selection.swap_search(
+        doomed, bench.decoder.num_layers, losses, loss=loss, protected=protected, max_rounds=rounds
+    )
     log.info("doomed layers %s", ",".join(map(str, best)) or "none")
     return Selection(doomed=best, loss_dense=loss(()), loss_bypassed=best_loss, swapped=best != doomed)

@@ -1,6 +1,6 @@
 """From scores to doomed layers: cut, protect, swap. Pure Python; a loss is a function handed in."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tsp.errors import ConfigError, ModelError
 
@@ -72,29 +72,36 @@ def runs_after_kept(doomed: Collection[int], transfer: str) -> list[range]:
 def swap_search(
     doomed: Collection[int],
     num_layers: int,
-    loss: Callable[[Sequence[int]], float],
+    losses: Callable[[Collection[int], Sequence[int]], Mapping[int, float]],
     *,
+    loss: Callable[[Collection[int]], float],
     protected: Collection[int] = (),
     max_rounds: int = 1,
 ) -> tuple[tuple[int, ...], float]:
-    """Exchange one doomed for one kept layer, the best exchange a round, while the loss falls.
+    """Exchange one doomed for one kept layer a round, while the loss falls.
+
+    A round takes back the doomed layer that is missed most, and then dooms the one that is missed least without it. So
+    it costs L losses and not `len(doomed) * kept`, as trying every exchange would.
 
     Args:
         doomed: the selection to start from.
         num_layers: L.
-        loss: the calibration loss with the given layers bypassed.
+        losses: the calibration loss without some layers (first argument) and one more, for each of some candidates.
+        loss: the same without some layers.
         protected: layers that stay kept.
-        max_rounds: rounds at most; each costs `len(doomed) * kept` losses.
+        max_rounds: rounds at most.
 
     Returns:
         The sorted selection and its loss.
     """
-    best, best_loss = tuple(sorted(doomed)), loss(sorted(doomed))
-    for _ in range(max_rounds):
-        kept = [index for index in range(num_layers) if index not in best and index not in protected]
-        swaps = [tuple(sorted({*best, new} - {old})) for old in best for new in kept]
-        losses = [(loss(swap), swap) for swap in swaps]
-        if not losses or min(losses)[0] >= best_loss:
+    best, best_loss = frozenset(doomed), loss(doomed)
+    for _ in range(max_rounds if best else 0):
+        missed = min(sorted(best), key=lambda index: loss(best - {index}))
+        rest = best - {missed}
+        candidates = [index for index in range(num_layers) if index not in best and index not in protected]
+        found = losses(rest, candidates) if candidates else {}
+        new = min(found, key=lambda index: (found[index], -index), default=missed)
+        if found.get(new, best_loss) >= best_loss:
             break
-        best_loss, best = min(losses)
-    return best, best_loss
+        best, best_loss = rest | {new}, found[new]
+    return tuple(sorted(best)), best_loss

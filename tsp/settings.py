@@ -96,7 +96,7 @@ class PruneSection(Section):
     verify_blocks: int = Field(32, ge=1)
     """Calibration sequences on which a selection's loss is measured, for the record and for the swap search."""
     swap_rounds: int = Field(0, ge=0)
-    """Rounds of swap search after the selection: exchange a doomed for a kept layer while the loss falls."""
+    """Rounds of swap search after the selection, L losses each: exchange a doomed for a kept layer while that helps."""
 
 
 class TrainConfig(Section):

@@ -48,7 +48,9 @@ _BASELINE = _HERE / "baseline.yaml"
 _GATES = "tsp.methods.trsp.stage1:score"
 
 METHODS: Mapping[str, Entry] = {
-    "tsp": Entry(_GATES, None, "gates under a budget, then distillation into the kept layers", seeded=True),
+    "tsp": Entry(
+        _GATES, _HERE / "trsp" / "tsp.yaml", "gates under a budget, then distillation into the kept layers", seeded=True
+    ),
     "trsp": Entry(_GATES, _HERE / "trsp" / "paper.yaml", "the paper: l1 gates, LM loss, gap penalty", seeded=True),
     "shortgpt": Entry("tsp.methods.similarity:shortgpt", _BASELINE, "layers that turn the hidden state least"),
     "angular": Entry(

@@ -24,7 +24,7 @@ def ppl(bench: Bench, num_drop: int) -> Scores:
 
     A protected layer is not tried; its value is the worst.
     """
-    values = _values(bench, _losses(bench, (), _free(bench), "ppl"))
+    values = _values(bench, losses_without(bench, (), _free(bench), _score_blocks(bench), "ppl"))
     return Scores(method="ppl", values=values, order=tuple(ascending(values)))
 
 
@@ -34,16 +34,20 @@ def sleb(bench: Bench, num_drop: int) -> Scores:
     Departs from the paper: the first and the last layer are tried too; `prune.protect_first` and `protect_last` at 1
     restore it. The value of a layer is its loss in the last round that tried it; of a protected one, the worst.
     """
-    dropped: list[int] = []
+    blocks, dropped = _score_blocks(bench), list[int]()
     losses: dict[int, float] = {}
     for number in range(num_drop):
         free = [index for index in _free(bench) if index not in dropped]
-        found = _losses(bench, dropped, free, f"sleb, layer {number + 1} of {num_drop}")
+        found = losses_without(bench, dropped, free, blocks, f"sleb, layer {number + 1} of {num_drop}")
         losses |= found
         dropped.append(min(free, key=lambda index: (found[index], -index)))
     values = _values(bench, losses)
     rest = [index for index in ascending(values) if index not in dropped]
     return Scores(method="sleb", values=values, order=(*dropped, *rest))
+
+
+def _score_blocks(bench: Bench) -> Tensor:
+    return evenly_spread(bench.blocks_NT, bench.config.prune.score_blocks)
 
 
 def _free(bench: Bench) -> list[int]:
@@ -55,13 +59,14 @@ def _values(bench: Bench, losses: dict[int, float]) -> tuple[float, ...]:
     return tuple(losses.get(index, worst) for index in range(bench.decoder.num_layers))
 
 
-def _losses(bench: Bench, gone: Collection[int], candidates: Sequence[int], name: str) -> dict[int, float]:
-    """The calibration loss without the layers that are gone and one more, for each candidate."""
-    blocks = evenly_spread(bench.blocks_NT, bench.config.prune.score_blocks)
+def losses_without(
+    bench: Bench, gone: Collection[int], candidates: Sequence[int], blocks_NT: Tensor, name: str
+) -> dict[int, float]:
+    """The loss on some blocks without the layers that are gone and one more, for each candidate; nats per token."""
     if bench.config.prune.reuse_prefix and not bench.read_by_others:
-        return _losses_reusing_prefix(bench, gone, candidates, blocks, name)
+        return _losses_reusing_prefix(bench, gone, candidates, blocks_NT, name)
     shown = phase(candidates, name, len(candidates), show=bench.engine.is_first)
-    return {index: bench.loss_without({*gone, index}, blocks) for index in shown}
+    return {index: bench.loss_without({*gone, index}, blocks_NT) for index in shown}
 
 
 def _losses_reusing_prefix(
