@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from tsp import __version__
-from tsp.cli_compare import compare
+from tsp.cli_compare import advise, compare
 from tsp.cli_tune import tune
 from tsp.exits import exit_codes, run_passing_signals, stdout_kept_clean
 from tsp.launch import is_first_rank, launch_command, launcher_options, world_size
@@ -30,6 +30,7 @@ def main() -> None:
     """Make language models smaller by removing whole layers without losing what they know."""
 
 
+main.add_command(advise)
 main.add_command(compare)
 main.add_command(tune)
 

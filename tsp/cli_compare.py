@@ -1,4 +1,4 @@
-"""`tsp compare`: the finished jobs of an experiment side by side."""
+"""`tsp compare` and `tsp advise`: the finished jobs of an experiment side by side, and what to do next."""
 
 import json
 import shlex
@@ -41,3 +41,24 @@ def compare(
             print(json.dumps(as_document(comparison)), file=stdout)
         else:
             print_comparison(comparison, stdout)
+
+
+@click.command(cls=Command)
+@click.argument("experiment")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def advise(experiment: str, as_json: bool, debug: bool) -> None:
+    """Say what the finished jobs of an experiment mean: how far, what breaks, what text, what next."""
+    with exit_codes(debug=debug), stdout_kept_clean() as stdout:
+        from dataclasses import asdict
+
+        from tsp.advise import advise as find
+        from tsp.compare.groups import compare as make_comparison
+        from tsp.report_compare import print_advice
+        from tsp.tracking.results import finished_jobs
+
+        found = find(make_comparison(finished_jobs(Path.cwd(), experiment)))
+        if as_json:
+            print(json.dumps({"schema": 1, "experiment": experiment, "advice": list(map(asdict, found))}), file=stdout)
+        else:
+            print_advice(found, stdout)

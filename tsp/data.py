@@ -8,6 +8,7 @@ token belongs to which slice (see `slices.py`); slices change no token.
 
 import hashlib
 import itertools
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tsp.config import DataConfig, JobConfig
 from tsp.documents import SUFFIXES, documents
 from tsp.errors import DataError
 from tsp.slices import Document, Slice, read_slices, token_marks
-from tsp.targets import IGNORED, marked, targets
+from tsp.targets import IGNORED, marked, targets, token_ids
 
 # Of ten parts of the text: which is evaluated on, and which settings are compared on.
 _HELD_OUT, _TUNING = 0, 1
@@ -248,3 +249,16 @@ def evenly_spread(blocks_NT: Tensor, max_blocks: int | None) -> Tensor:
     if max_blocks is None or num_blocks <= max_blocks:
         return blocks_NT
     return blocks_NT[torch.arange(max_blocks) * num_blocks // max_blocks].clone()
+
+
+def token_divergence(one_NT: Tensor, other_NT: Tensor) -> float:
+    """How differently two texts use tokens: Jensen-Shannon divergence of the frequencies (Lin 1991), bits in [0, 1].
+
+    Short texts lie apart by chance alone: compare it with that of two halves of one.
+    """
+    ids = [token_ids(blocks_NT).flatten() for blocks_NT in (one_NT, other_NT)]
+    size = int(max(tokens.max() for tokens in ids)) + 1
+    shares = [torch.bincount(tokens, minlength=size).double() / len(tokens) for tokens in ids]
+    mean = (shares[0] + shares[1]) / 2
+    # 0 * log(0) is 0 here.
+    return float(sum(torch.special.xlogy(share, share / mean).nansum() for share in shares) / (2 * math.log(2)))

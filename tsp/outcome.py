@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tsp.config import flatten
-from tsp.data import Corpus
+from tsp.data import Corpus, token_divergence
 from tsp.errors import ModelError
 from tsp.evaluation.generation_speed import measure_folder
 from tsp.evaluation.summary import metrics, summarise
@@ -111,7 +111,7 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker) -> dict[str, Any]:
         "dtype": outcome.dtype,
         "seed": job.config.seed,
         "settings": flatten(job.config.model_dump(mode="json")),
-        "calibration": _about(job.calibration, "num_blocks"),
+        "calibration": _about(job.calibration, "num_blocks") | _likeness(job, outcome),
         "corpora": {corpus.name: _about(corpus, "num_windows") for corpus in job.evals},
         "dropped": list(dropped),
         "scores": list(outcome.scores.values),
@@ -148,6 +148,17 @@ def _about(corpus: Corpus, count: str) -> dict[str, Any]:
     num_blocks, block_tokens = corpus.blocks.shape
     about = {"name": corpus.name, "fingerprint": corpus.fingerprint}
     return about | {count: num_blocks, "block_tokens": block_tokens}
+
+
+def _likeness(job: "Job", outcome: Outcome) -> dict[str, Any]:
+    """What tells whether the calibration text is like what is evaluated on."""
+    blocks_NT = job.calibration.blocks
+    half = len(blocks_NT) // 2
+    return {
+        "loss_dense": outcome.selection.loss_dense,
+        "divergence": {corpus.name: token_divergence(blocks_NT, corpus.blocks) for corpus in job.evals},
+        "divergence_of_halves": token_divergence(blocks_NT[:half], blocks_NT[half:]) if half else None,
+    }
 
 
 def _generation_speed(job: "Job", outcome: Outcome) -> dict[str, float]:

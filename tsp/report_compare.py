@@ -1,11 +1,13 @@
 """A comparison on the terminal: a table per group and budget, and the verdict in words."""
 
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from tsp.advise import Advice
 from tsp.compare.groups import Comparison
 from tsp.compare.sheets import LEGEND, Cell, main_sheet
 
@@ -37,6 +39,15 @@ def print_comparison(comparison: Comparison, stdout: TextIO) -> None:
     for sentence in comparison.verdict:
         of_group = f"{comparison.groups[sentence.group].model}: " if len(comparison.groups) > 1 else ""
         console.print(Text(f"- {of_group}{sentence.text}"), soft_wrap=True)
+
+
+def print_advice(found: Sequence[Advice], stdout: TextIO) -> None:
+    """Print advice, model by model."""
+    console = Console(file=stdout, highlight=False, width=None if stdout.isatty() else _FILE_WIDTH)
+    for number, advice in enumerate(found):
+        if number == 0 or advice.model != found[number - 1].model:
+            console.print(Text(advice.model, style="bold"))
+        console.print(Text(f"- {advice.topic}: {advice.text}"), soft_wrap=True)
 
 
 def _rich(cell: Cell) -> Text:

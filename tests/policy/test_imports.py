@@ -53,6 +53,7 @@ FLOORS = {
     "machines": ("tsp.engine", "tsp.mounted", "tsp.tracking", "tsp.training"),
     "methods": ("tsp.methods",),
     "whole": (
+        "tsp.advise",
         "tsp.bounds",
         "tsp.choose",
         "tsp.compare",
