@@ -103,7 +103,7 @@ def test_the_file_of_the_best_is_taken_by_prune(done, given):
     text = (folder / "tuned.yaml").read_text()
     head = text.splitlines()[:3]
     assert head[0].startswith(f"# Found by `tsp tune`, search {document['search']}")
-    assert f"loss {document['loss']['best']:.4f} on 8 blocks" in head[2]
+    assert f"loss {document['loss']['best']:.4f} on {document['tuning_blocks']} blocks" in head[2]
     assert f"the preset {document['loss']['preset']:.4f}" in head[2]
     words = ["--config", str(folder / "tuned.yaml")]
     [(_, config)] = configs_from_options(launched_prune.make_context("prune", words).params)
@@ -148,7 +148,7 @@ def test_tuning_text_decides_and_evaluation_text_does_not(done, search, given, t
     other = str(corpus_file(tmp_path / "other.jsonl", models.tokens(9, 16)))
     unseen, otherwise = (
         search(tmp_path / name, **settings)["loss"]["preset"]
-        for name, settings in (("a", {"eval__sources": (other,)}), ("b", {"data__tuning_blocks": 7}))
+        for name, settings in (("a", {"eval__sources": (other,)}), ("b", {"data__tuning_blocks": 3}))
     )
     assert unseen == first
     assert otherwise != first
