@@ -1,15 +1,14 @@
 """What `tsp advise` says, on jobs whose numbers are known beforehand."""
 
-import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from tests.finished import DENSE, finished
 from tsp.advise import advise
-from tsp.cli import main
 from tsp.compare.groups import compare
 from tsp.data import token_divergence
 from tsp.targets import marked
@@ -105,7 +104,9 @@ def test_divergence_of_tokens_is_that_of_the_formula():
     assert token_divergence(marked(one, one > 1), other) == pytest.approx(expected), "what is only read counts, too"
 
 
-def test_the_command_wants_an_experiment_that_is_there():
-    refused = CliRunner().invoke(main, ["advise", "nothing", "--json"])
-    assert refused.exit_code == 2
-    assert json.loads(refused.stdout or "{}") == {}
+def test_the_command_wants_an_experiment_that_is_there(tmp_path):
+    # In a process of its own: one with ranks ends at once on wrong input.
+    words = [sys.executable, "-m", "tsp", "advise", "nothing", "--json"]
+    refused = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.strip().splitlines()[-1].startswith("error: there is no tracking store")
