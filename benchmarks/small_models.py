@@ -8,7 +8,6 @@ documents are trained on (`tsp` itself holds out the other 10 % when it is given
 """
 
 import json
-import math
 import time
 from pathlib import Path
 
@@ -21,9 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from tsp.config import load_config
 from tsp.data import load_corpora
 from tsp.demo.muon import Muon
+from tsp.demo.train import BOS, EOS, held_out_perplexity, train_step
 from tsp.documents import documents
-
-BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 @click.command()
@@ -50,7 +48,7 @@ def main(architecture, data, output, layers, width, heads, vocabulary, block_tok
     model = new_model(architecture, layers, width, heads, block_tokens, tokenizer)
     num_steps = round(epochs * len(corpora.calibration.blocks) / batch_size)
     seconds = train(model, corpora.calibration.blocks, num_steps, batch_size, lr, seed)
-    ppl = held_out_perplexity(model, corpora.evals[0].blocks)
+    ppl = held_out_perplexity(model, corpora.evals[0].blocks.flatten(), block_tokens)
     model.config.use_cache = True
     model.save_pretrained(output)
     record = {"architecture": architecture, "parameters": model.num_parameters(), "steps": num_steps}
@@ -105,22 +103,9 @@ def train(model, blocks_NT, num_steps, batch_size, lr, seed):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
         batch_BT = blocks_NT[order[step * batch_size : (step + 1) * batch_size]]
-        loss = model(input_ids=batch_BT, labels=batch_BT).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        loss = train_step(model, optimizers, batch_BT)
         bar.set_postfix(loss=f"{loss:.3f}")
     return time.perf_counter() - started
-
-
-@torch.no_grad()
-def held_out_perplexity(model, blocks_NT):
-    """exp of the mean cross-entropy."""
-    model.eval()
-    losses = [model(input_ids=block[None], labels=block[None]).loss for block in blocks_NT]
-    return math.exp(torch.stack(losses).mean())
 
 
 if __name__ == "__main__":

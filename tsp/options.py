@@ -55,8 +55,6 @@ def _between_commas(context: click.Context, parameter: click.Parameter, words: t
     return tuple(name for word in words for name in word.split(",") if name)
 
 
-_TUNING_BLOCKS = 32
-"""On which `--max-ppl-ratio` measures unless another number is given."""
 _AMOUNTS = ("ratio", "num_drop", "drop", "max_ppl_ratio", "min_speedup")
 
 # Also those of `tsp evaluate`.
@@ -203,6 +201,7 @@ def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
     """The whole config from what was stated of it; a sweep registers nothing unless it is asked to."""
     from tsp.config import load_config
     from tsp.methods import refuse_nonsense
+    from tsp.settings import TUNING_BLOCKS
     from tsp.yaml12 import read_yaml
 
     known = load_config(stated)
@@ -213,7 +212,7 @@ def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
         layers.insert(0, read_yaml(Path(__file__).parent / "demo" / "prune.yaml"))
     weakest: dict[str, Any] = {"tracking": {"register_model": not sweep}}
     if known.prune.max_ppl_ratio is not None:
-        weakest["data"] = {"tuning_blocks": _TUNING_BLOCKS}
+        weakest["data"] = {"tuning_blocks": TUNING_BLOCKS}
     config = load_config([weakest, *layers])
     refuse_nonsense(config)
     return config

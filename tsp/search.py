@@ -12,11 +12,10 @@ from typing import Any
 from tsp.config import JobConfig, bound_of
 from tsp.errors import ConfigError
 from tsp.job import Job, Preparation
+from tsp.settings import TUNING_BLOCKS
 from tsp.space import Knob
 from tsp.tuned import is_of
 
-TUNING_BLOCKS = 32
-"""Set aside where the job sets none aside."""
 _MARKS = (0.5, 0.75)
 """Shares of the steps after which a trial may be stopped; earlier, large learning rates look worse than in the end."""
 

@@ -20,6 +20,10 @@ class ModelConfig(Section):
     """Run Python code that comes with the model."""
 
 
+TUNING_BLOCKS = 32
+"""Of `data.tuning_blocks` where something is decided on them and nobody said how many."""
+
+
 class DataConfig(Section):
     source: str = "stdlib"
     """Calibration text: hub id (`name` or `name:configuration`), file or folder of .txt/.jsonl/.parquet, `stdlib`."""

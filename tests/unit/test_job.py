@@ -1,5 +1,9 @@
 """What jobs of a sweep share, what tells two jobs apart, and the text that is set aside."""
 
+import hashlib
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -34,7 +38,10 @@ def test_tuning_text_comes_beside_the_calibration_text(given):
     tuned = made(given, data__max_blocks=32, data__tuning_blocks=8)
     assert plain.tuning is None
     assert len(plain.calibration.blocks) == len(tuned.calibration.blocks) == 32
-    assert 0 < len(tuned.tuning.blocks) <= 8
+    rows = [json.loads(line)["text"] for line in Path(given["data__source"]).read_text().splitlines()]
+    aside = [text for text in rows if hashlib.sha256(text.encode()).digest()[0] % 10 == 1]
+    # A document is a block here.
+    assert len(tuned.tuning.blocks) == min(8, len(aside)) > 0
     trained = {tuple(row) for row in tuned.calibration.blocks.tolist()}
     assert not trained & {tuple(row) for row in tuned.tuning.blocks.tolist()}
 

@@ -104,7 +104,7 @@ def train_demo(recipe: DemoRecipe, output: Path, *, eval_every_steps: int = 150,
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * _trapezoid(step / num_steps, recipe)
-        loss = _train_step(forward, optimizers, _batch(stream, step, recipe).to(device))
+        loss = train_step(forward, optimizers, _batch(stream, step, recipe).to(device))
         bar.set_postfix(loss=f"{loss:.3f}")
         if (step + 1) % eval_every_steps == 0 or step + 1 == num_steps:
             seconds = time.perf_counter() - started
@@ -215,7 +215,8 @@ def _batch(stream: torch.Tensor, step: int, recipe: DemoRecipe) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def _train_step(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], batch_BT: torch.Tensor) -> float:
+def train_step(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], batch_BT: torch.Tensor) -> float:
+    """One step of all optimizers on tokens `[B, T]` int64, gradient norm at most 1; returns the loss before it."""
     loss = model(input_ids=batch_BT, labels=batch_BT).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
