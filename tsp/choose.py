@@ -8,7 +8,7 @@ from typing import Any
 from tsp import selection
 from tsp.data import evenly_spread
 from tsp.job import Job
-from tsp.methods import METHODS, is_nested, score_verb, transfer_check
+from tsp.methods import is_nested, is_seeded, score_verb, transfer_check
 from tsp.methods.base import Bench
 from tsp.methods.leave_out import losses_without
 from tsp.records import Scores, Selection
@@ -64,10 +64,10 @@ def _given(job: Job) -> Scores:
 
 def order_key(job: Job) -> tuple[Any, ...]:
     """What the order of a job's layers depends on, beside the model and the number of layers to drop."""
-    config, entry = job.config, METHODS[job.config.prune.method]
+    config = job.config
     settings = config.model_dump(mode="json", exclude=_AFTER_THE_ORDER)
     settings["prune"] = {key: value for key, value in settings["prune"].items() if key not in _OF_THE_CUT}
-    return (str(settings), job.calibration.fingerprint, config.seed if entry.seeded else None)
+    return (str(settings), job.calibration.fingerprint, config.seed if is_seeded(config) else None)
 
 
 def _score(bench: Bench, job: Job, shared: Shared, watch: Stopwatch) -> Scores:

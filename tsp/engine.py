@@ -38,6 +38,7 @@ from tsp.machine import (
     put_back,
     ranks_on_this_node,
     start_peak,
+    unlink_shared_buffer,
     weights_dtype,
 )
 from tsp.mounted import Mounted
@@ -98,8 +99,7 @@ class Engine:
         if accelerator.device_name() == "cpu" and compiled_cpu_op() is None and os.environ["RANK"] == "0":
             log.warning("deepspeed compiles an operation for this CPU now, about a minute; the next job finds it")
         if not gc.get_freeze_count():
-            # What the imports made stays; the collection after each mounting looks at half a million objects less.
-            gc.freeze()
+            gc.freeze()  # The collection after each mounting need not look at what the imports made.
         deepspeed.init_distributed(verbose=False)
         if accelerator.device_name() != "cpu":
             accelerator.set_device(int(os.environ["LOCAL_RANK"]))
@@ -107,6 +107,8 @@ class Engine:
         if device.type == "cpu":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_node()))
             torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.distributed.barrier()
+            unlink_shared_buffer(torch.distributed.get_rank())
         torch.manual_seed(config.seed)
         start_peak(device)
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

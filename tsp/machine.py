@@ -64,6 +64,16 @@ def compiled_cpu_op() -> Path | None:
     return compiled if compiled.exists() else None
 
 
+def unlink_shared_buffer(rank: int) -> None:
+    """Take away the name of the memory that deepspeed 0.19 shares on a CPU, once every rank has it open.
+
+    It leaves the file behind, 66 MiB in /dev/shm for each rank and port, and a job of the same port could open that of
+    a dead one.
+    """
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
+
+
 def held_part(parameter: Any) -> Tensor:
     """What this rank holds of a parameter: its shard under ZeRO-3, else all of it."""
     return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter

@@ -42,7 +42,8 @@ def make_plan(
 ) -> Plan:
     """From the config and the headers of the model; no weights are read."""
     num_drop = number_to_drop(config.prune, source.num_layers)
-    rounds = (num_drop or 1) if config.stage1.schedule == "greedy" else 1
+    # A search for hard gates trains nothing.
+    rounds = {"greedy": num_drop or 1, "search": 0}.get(config.stage1.schedule, 1)
     stage1_steps = 0 if config.prune.drop is not None else rounds * config.stage1.steps
     stage2_steps = config.stage2.steps if TRANSFERS[config.transfer].trains else 0
     tokens_per_step = config.train.batch_size * calibration.blocks.shape[1]

@@ -1,5 +1,6 @@
 """From scores to doomed layers: cut, protect, swap. Pure Python; a loss is a function handed in."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tsp.errors import ConfigError, ModelError
@@ -67,6 +68,38 @@ def runs_after_kept(doomed: Collection[int], transfer: str) -> list[range]:
             "none; protect the first layer (prune.protect_first=1) or use another transfer"
         )
     return found
+
+
+def successive_halving(
+    candidates: Sequence[int], losses: Callable[[list[int], int, int], Mapping[int, float]], num_sequences: int
+) -> tuple[int, dict[int, float]]:
+    """The candidate with the least loss, with most of the sequences spent on those that may be it.
+
+    All are measured on an eighth of the sequences, the better half of them on another eighth, a quarter on a quarter
+    more, an eighth on the rest (Jamieson and Talwalkar 2016, arXiv 1502.07943): 5/16 of measuring all on all.
+
+    Args:
+        candidates: layer indices, at least one.
+        losses: mean loss for each of some candidates on the sequences from a start to a stop.
+        num_sequences: that there are.
+
+    Returns:
+        The best, of equals the later layer; and for each candidate its mean loss on the sequences it was measured on.
+    """
+    sums, start = dict.fromkeys(candidates, 0.0), 0
+    means: dict[int, float] = {}
+    alive = list(candidates)
+    for share in (8, 4, 2, 1):
+        stop = max(1, num_sequences // share)
+        if stop > start:
+            for index, loss in losses(alive, start, stop).items():
+                sums[index] += loss * (stop - start)
+                means[index] = sums[index] / stop
+            start = stop
+        alive = sorted(alive, key=lambda index: (means[index], -index))
+        if share > 1:
+            alive = sorted(alive[: math.ceil(len(alive) / 2)])
+    return alive[0], means
 
 
 def swap_search(

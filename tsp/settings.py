@@ -94,9 +94,9 @@ class PruneSection(Section):
     protect_last: int = Field(0, ge=0)
     """Layers at the end that are never dropped."""
     score_blocks: int = Field(64, ge=1)
-    """Calibration sequences on which the baselines measure layers; the method's own gates see them all."""
+    """Calibration sequences on which layers are measured; gates that are learned see them all."""
     reuse_prefix: bool = True
-    """`sleb` and `ppl`: do not compute the layers before a candidate again; holds L hidden states per batch."""
+    """`tsp`, `sleb`, `ppl`: do not compute the layers before a candidate again; holds L hidden states per batch."""
     verify_blocks: int = Field(32, ge=1)
     """Calibration sequences on which a selection's loss is measured, for the record and for the swap search."""
     swap_rounds: int = Field(0, ge=0)
@@ -115,8 +115,9 @@ class TrainConfig(Section):
 class Stage1Config(Section):
     placement: Literal["residual", "output"] = "residual"
     """`residual`: the layer emits x_in + g * f(x_in); `output`: g * x_out (paper)."""
-    schedule: Literal["budget", "greedy", "one-shot"] = "budget"
-    """`budget`: projection on a shrinking budget; `greedy`: one layer a round (paper); `one-shot`: all at once."""
+    schedule: Literal["search", "budget", "greedy", "one-shot"] = "search"
+    """`search`: hard gates, one closes a round, by the loss on `prune.score_blocks`; `budget`: learned gates, projected
+    on a shrinking budget; `greedy`: learned, one layer a round (paper); `one-shot`: all at once."""
     l1: Literal["subgradient", "proximal"] = "subgradient"
     """How the l1 penalty acts (greedy and one-shot)."""
     lambda1: float = Field(5e-3, ge=0)
@@ -134,8 +135,9 @@ class Stage1Config(Section):
 
 
 class LossWeights(Section):
-    lm: float = Field(0.0, ge=0)
-    """Cross-entropy on the calibration text."""
+    lm: float = Field(0.1, ge=0)
+    """Cross-entropy on the calibration text: a little learns a text that is new to the model, much learns another by
+    heart."""
     distill: float = Field(1.0, ge=0)
     """KL(dense || pruned) on the same tokens, times temperature squared, mean over tokens."""
 
@@ -156,6 +158,9 @@ class Stage2Config(Section):
     """Of the distillation."""
     lambda2: float = Field(0.0, ge=0)
     """Weight of the gap penalty."""
+    lambda2_unit: Literal["loss", "one"] = "loss"
+    """`loss`: with lambda2 = 1 the penalty is as large as the cross-entropy at the first step, whatever the scale of
+    the model's hidden states; `one`: lambda2 as it stands (paper)."""
     gap_norm: Literal["l1", "l2"] = "l2"
     """Norm of the gap of one token."""
     gap_reduction: Literal["token-mean", "token-sum", "frobenius"] = "token-mean"
@@ -164,8 +169,11 @@ class Stage2Config(Section):
     """Gates of the doomed layers: stay at 1 (paper), go linearly to 0, are 0 from the first step."""
     anneal_share: float = Field(0.3, gt=0, le=1)
     """Share of the steps over which `anneal` closes the gates."""
-    lr: float = Field(1e-3, ge=0)
-    """Peak learning rate of AdamW."""
+    lr: float | None = Field(None, ge=0)
+    """Peak learning rate of AdamW; None: `lr_scale` times the loss to be won back over the l1 norm of its gradient, at
+    the first step."""
+    lr_scale: float = Field(2.0, gt=0)
+    """See `lr`."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of AdamW."""
     warmup_share: float = Field(0.05, ge=0, lt=1)

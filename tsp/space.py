@@ -99,7 +99,7 @@ def default_space(config: JobConfig) -> dict[str, Any]:
         ConfigError: the transfer has no setting to search.
     """
     stage2 = config.stage2
-    lr = {"stage2.lr": _around(stage2.lr, 5, 5)}
+    lr = {"stage2.lr": _around(stage2.lr, 5, 5)} if stage2.lr else {"stage2.lr_scale": _around(stage2.lr_scale, 4, 4)}
     temperature = {"stage2.temperature": _around(stage2.temperature, 2, 4)}
     # AdamW does not feel the size of a loss, only the mix of its parts: the lighter part's weight is searched.
     lighter, heavier = sorted(("lm", "distill"), key=lambda part: getattr(stage2.task, part))

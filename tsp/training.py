@@ -71,11 +71,8 @@ def train(
             return
         started = time.perf_counter()
         before_step(step, total)
-        indices = step_indices(len(blocks_NT), config.batch_size, step, seed)
-        counted = share(blocks_NT[indices])
-        mine = blocks_NT[_mine(engine, indices)].to(engine.device)
         sums: dict[str, Tensor] = {}
-        for micro_batch in mine.chunk(num_micro_batches):
+        for micro_batch, counted in micro_batches(engine, blocks_NT, config, step, seed):
             parts = loss(micro_batch, counted)
             model.backward(parts["total"])
             model.end_micro_batch()
@@ -89,6 +86,16 @@ def train(
             seconds=time.perf_counter() - started,
             tokens=config.batch_size * blocks_NT.shape[1],
         )
+
+
+def micro_batches(
+    engine: Engine, blocks_NT: Tensor, config: TrainConfig, step: int, seed: int
+) -> Iterator[tuple[Tensor, float]]:
+    """This rank's part of a step in equal parts `[b, T]`, each with the share of the step's targets that counts."""
+    indices = step_indices(len(blocks_NT), config.batch_size, step, seed)
+    counted = share(blocks_NT[indices])
+    for micro_batch in blocks_NT[_mine(engine, indices)].to(engine.device).chunk(config.accumulation):
+        yield micro_batch, counted
 
 
 def _fixed(num_steps: int) -> Callable[[int], int]:

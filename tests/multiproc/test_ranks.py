@@ -55,11 +55,11 @@ ANNEAL = {"stage2__gates": "anneal", "stage2__lambda2": 0.01, "stage2__task": {"
 
 
 SOME = [(2, "fp32"), (3, "fp32"), (3, "bf16")]
-BASELINES = ("sleb", "taylor", "laco")
+SELECTIONS = ("tsp", "sleb", "taylor", "laco")
 FOLDS = ("merge", "replaceme")
 ON_ONE_RANK = (
     *("ranks", "falling-zero3-fp32", "budget-zero2-fp32", "lora-zero3-fp32", "full-zero2-fp32"),
-    *(f"{name}-zero2" for name in (*BASELINES, *FOLDS)),
+    *(f"{name}-zero2" for name in (*SELECTIONS, *FOLDS)),
 )
 
 
@@ -84,7 +84,7 @@ def plan(num_ranks: int) -> dict[str, dict]:
     found["split-lora"] = case("move", "plain", zero(3), split | LORA | ANNEAL, doomed=DOOMED)
     settings = {"train__batch_size": 6, "eval__batch_size": 3, "prune__score_blocks": 13}
     for stage in STAGES:
-        for name in BASELINES:
+        for name in SELECTIONS:
             found[f"{name}-zero{stage}"] = case("select", "plain", zero(stage), settings, method=name, num_drop=2)
         for name in FOLDS:
             found[f"{name}-zero{stage}"] = case("move", "plain", zero(stage), settings, transfer=name, doomed=DOOMED)
@@ -215,9 +215,9 @@ def test_one_rank_is_two_ranks_in_stage_2(of, name):
     assert differing(one, two) < 0.01
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize("method", SELECTIONS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_baselines_score_alike_on_any_number_of_ranks(of, method, stage):
+def test_selections_score_alike_on_any_number_of_ranks(of, method, stage):
     """13 sequences in batches of 3: in the last batch the second of two ranks has none of its own."""
     one, two = of(f"{method}-zero2", 1), of(f"{method}-zero{stage}")
     assert two["order"][:2] == one["order"][:2]

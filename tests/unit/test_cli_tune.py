@@ -86,7 +86,7 @@ def test_dry_run_prints_the_space_and_the_job_and_makes_nothing():
     done = subprocess.run(words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load(done.stdout)
-    assert printed["space"]["stage2.lr"] == "0.0002 to 0.005 (log)"
+    assert printed["space"]["stage2.lr_scale"] == "0.5 to 8 (log)"
     assert printed["config"]["data"]["tuning_blocks"] == 32
     assert list(Path.cwd().iterdir()) == []
 

@@ -38,13 +38,14 @@ def test_finetune_trains_the_model_that_is_built_without_the_layers():
     from tsp.training import step_indices
 
     made = trained("finetune")
+    stage2 = made.config.stage2
     smaller = copy.deepcopy(without_layers(tiny_model(), DOOMED, "model.layers")).requires_grad_(True)
     optimizer = torch.optim.AdamW(smaller.parameters(), weight_decay=0.0)
     for step in range(STEPS):
         tokens = made.blocks_NT[step_indices(16, 8, step, seed=1)]
         loss = F.cross_entropy(smaller(input_ids=tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, made.config.stage2.steps, made.config.stage2)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, stage2.steps, stage2.lr, stage2.warmup_share)
         optimizer.step()
         optimizer.zero_grad()
     with made.decoder.bypassing(DOOMED):

@@ -79,7 +79,8 @@ def test_the_default_space_holds_the_jobs_own_values(method):
     given = configs_from_options(launched_prune.make_context("prune", ["--method", method]).params)[0][1]
     own = flatten(given.model_dump())
     space = read_space(default_space(given), given)
-    assert {knob.key for knob in space} >= {"stage2.lr", "stage2.temperature", "stage2.gates", "stage2.lambda2"}
+    lr = "stage2.lr_scale" if method == "tsp" else "stage2.lr"
+    assert {knob.key for knob in space} >= {lr, "stage2.temperature", "stage2.gates", "stage2.lambda2"}
     apart = [knob.key for knob in space if knob.applies(own) and not knob.holds(own[knob.key])]
     # The paper's lambda2 is far too small.
     assert apart == ([] if method == "tsp" else ["stage2.lambda2"])
@@ -88,12 +89,13 @@ def test_the_default_space_holds_the_jobs_own_values(method):
 @pytest.mark.parametrize(
     ("settings", "keys"),
     [
-        ({"transfer": "finetune"}, {"stage2.lr"}),
-        ({"transfer": "distill"}, {"stage2.lr", "stage2.temperature"}),
+        ({"transfer": "finetune"}, {"stage2.lr_scale"}),
+        ({"transfer": "finetune", "stage2__lr": 1e-4}, {"stage2.lr"}),
+        ({"transfer": "distill"}, {"stage2.lr_scale", "stage2.temperature"}),
         ({"transfer": "replaceme"}, {"replaceme.ridge"}),
         (
             {"transfer": "stage2", "stage2__task": {"lm": 1, "distill": 0}, "stage2__gates": "hold"},
-            {"stage2.lr", "stage2.task.distill", "stage2.temperature", "stage2.gates", "stage2.lambda2"},
+            {"stage2.lr_scale", "stage2.task.distill", "stage2.temperature", "stage2.gates", "stage2.lambda2"},
         ),
     ],
 )

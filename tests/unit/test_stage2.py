@@ -151,6 +151,7 @@ def test_the_gap_penalty_alone_makes_the_doomed_gap_smaller(trainable, norm):
         stage2__trainable=trainable,
         stage2__task={"lm": 0.0, "distill": 0.0},
         stage2__lambda2=1.0,
+        stage2__lambda2_unit="one",
         stage2__gap_norm=norm,
         stage2__gates="hold",
         stage2__lr=1e-2,
@@ -164,6 +165,25 @@ def test_the_gap_penalty_alone_makes_the_doomed_gap_smaller(trainable, norm):
     sums = [sum(row[f"stage2/gap/layer_{index:03d}"] for index in DOOMED) for _, row in made.tracker.rows]
     assert made.tracker.series("stage2/loss/gap") == pytest.approx(sums, rel=1e-5)
     assert made.tracker.series("stage2/loss/total") == pytest.approx(sums, rel=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_lambda2_in_units_of_the_loss_does_not_feel_the_scale_of_the_gap(norm, accumulation):
+    made = transferred(
+        stage2__gates="hold", stage2__lambda2=0.5, stage2__gap_norm=norm, stage2__steps=3,
+        train__batch_size=32, train__accumulation=accumulation,
+    )  # fmt: skip
+    lm, gap = (made.tracker.series(f"stage2/loss/{name}") for name in ("lm", "gap"))
+    assert gap[0] == pytest.approx(0.5 * lm[0], rel=1e-5)
+    sums = [sum(row[f"stage2/gap/layer_{index:03d}"] for index in DOOMED) for _, row in made.tracker.rows]
+    units = [given / measured for given, measured in zip(gap, sums, strict=True)]
+    assert units == pytest.approx([units[0]] * 3, rel=1e-5), "set once"
+
+
+def test_a_closed_gate_leaves_nothing_to_be_weighed():
+    made = transferred(stage2__gates="off", stage2__lambda2=0.5, stage2__steps=2)
+    assert made.tracker.series("stage2/loss/gap") == [0, 0]
 
 
 def test_the_gap_of_an_identity_is_zero_and_trains_nothing():
@@ -237,7 +257,7 @@ def test_gate_and_learning_rate_schedules_by_hand():
         stage2__steps=100, stage2__lr=1.0, stage2__warmup_share=0.1, stage2__anneal_share=1.0, stage2__gates="anneal"
     ).stage2
     assert [gate_value(step, 100, config) for step in (0, 50, 99)] == pytest.approx([1, 0.5, 0.01])
-    rates = [learning_rate(step, 100, config) for step in range(100)]
+    rates = [learning_rate(step, 100, config.lr, config.warmup_share) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert rates[10] == pytest.approx(1)
     assert rates[55] == pytest.approx(0.55, abs=1e-6)
@@ -306,7 +326,8 @@ def test_a_failure_in_the_middle_leaves_no_layer_bypassed(trainable, monkeypatch
         return args[0].float().sum() * 0
 
     monkeypatch.setattr(stage2, "distillation_loss", fail_later)
-    made = bench(tiny_model(num_layers=LAYERS), tokens(32, 12), job(stage2__trainable=trainable, stage2__gates="off"))
+    settings = job(stage2__trainable=trainable, stage2__gates="off", stage2__lr=1e-3)
+    made = bench(tiny_model(num_layers=LAYERS), tokens(32, 12), settings)
     with pytest.raises(RuntimeError, match="out of memory"):
         transfer(made, DOOMED, save_dtype=torch.float32)
     assert made.decoder.bypassed == frozenset()

@@ -39,6 +39,7 @@ def given(tmp_path_factory):
         "eval__block_tokens": 16,
         "prune__method": "tail",
         "stage2__steps": 6,
+        "stage2__lr": 1e-3,
         "stage2__lora__rank": 2,
     }
 

@@ -48,9 +48,7 @@ _BASELINE = _HERE / "baseline.yaml"
 _GATES = "tsp.methods.trsp.stage1:score"
 
 METHODS: Mapping[str, Entry] = {
-    "tsp": Entry(
-        _GATES, _HERE / "trsp" / "tsp.yaml", "gates under a budget, then distillation into the kept layers", seeded=True
-    ),
+    "tsp": Entry(_GATES, None, "gates closed one by one under a budget, then distillation", seeded=True),
     "trsp": Entry(_GATES, _HERE / "trsp" / "paper.yaml", "the paper: l1 gates, LM loss, gap penalty", seeded=True),
     "shortgpt": Entry("tsp.methods.similarity:shortgpt", _BASELINE, "layers that turn the hidden state least"),
     "angular": Entry(
@@ -94,6 +92,12 @@ def is_nested(config: "JobConfig") -> bool:
     return entry.nested and not (entry.verb == _GATES and config.stage1.schedule == "budget")
 
 
+def is_seeded(config: "JobConfig") -> bool:
+    """Whether the method's order depends on the seed."""
+    entry = METHODS[config.prune.method]
+    return entry.seeded and not (entry.verb == _GATES and config.stage1.schedule == "search")
+
+
 def transfer_verb(name: str) -> Callable[..., Any] | None:
     """The verb `transfer`; None where nothing is to be moved."""
     path = TRANSFERS[name].verb
@@ -121,6 +125,8 @@ def refuse_nonsense(config: "JobConfig") -> None:
         raise ConfigError(
             f"transfer {config.transfer} trains nothing with stage2.trainable none; give lora or full, or transfer=none"
         )
+    if config.transfer == "stage2" and config.stage2.trainable == "none" and config.stage2.lr is None:
+        raise ConfigError("stage2.trainable none moves gates, for which stage2.lr has to be given, got none; give 0.01")
     if config.quantize and not config.save:
         raise ConfigError(
             f"quantize {config.quantize} starts from the pruned checkpoint, got save false, which writes none; "

@@ -65,17 +65,21 @@ class Bench:
 
     def log(self, stage: str, stats: StepStats, gates: list[float], more: Mapping[str, float] | None = None) -> None:
         """Log one step of a stage under the metric names of the contract, and count it."""
-        if self.global_step % self.config.tracking.log_every == 0:
-            values = {f"{stage}/gate/layer_{index:03d}": gate for index, gate in enumerate(gates)}
-            values |= {f"{stage}/loss/{name}": loss for name, loss in stats.losses.items()}
-            values |= {"perf/step_s": stats.seconds, "perf/tokens_per_s": stats.tokens / stats.seconds}
-            self.logged.append((self.global_step, values | dict(more or {})))
-            self.tracker.metrics(self.logged[-1][1], self.global_step)
-            self.gate_history.append((self.global_step, stage, gates))
-        self.global_step += 1
+        values = {f"{stage}/loss/{name}": loss for name, loss in stats.losses.items()}
+        values |= {"perf/step_s": stats.seconds, "perf/tokens_per_s": stats.tokens / stats.seconds}
+        self.log_gates(stage, gates, values | dict(more or {}))
         self.trained_tokens += stats.tokens
         self.transfer_steps += stage == "stage2"
         self.after_step(stage, stats, gates)
+
+    def log_gates(self, stage: str, gates: list[float], values: Mapping[str, float]) -> None:
+        """Log the gates `[L]` and what was measured with them as the next step of the run."""
+        if self.global_step % self.config.tracking.log_every == 0:
+            by_layer = {f"{stage}/gate/layer_{index:03d}": gate for index, gate in enumerate(gates)}
+            self.logged.append((self.global_step, by_layer | dict(values)))
+            self.tracker.metrics(self.logged[-1][1], self.global_step)
+            self.gate_history.append((self.global_step, stage, gates))
+        self.global_step += 1
 
 
 class Method(Protocol):

@@ -60,17 +60,20 @@ def _values(bench: Bench, losses: dict[int, float]) -> tuple[float, ...]:
 
 
 def losses_without(
-    bench: Bench, gone: Collection[int], candidates: Sequence[int], blocks_NT: Tensor, name: str
+    bench: Bench, gone: Collection[int], candidates: Sequence[int], blocks_NT: Tensor, name: str | None = None
 ) -> dict[int, float]:
-    """The loss on some blocks without the layers that are gone and one more, for each candidate; nats per token."""
+    """The loss on some blocks without the layers that are gone and one more, for each candidate; nats per token.
+
+    Without a name, no progress is shown: there is a phase around it that does.
+    """
     if bench.config.prune.reuse_prefix and not bench.read_by_others:
         return _losses_reusing_prefix(bench, gone, candidates, blocks_NT, name)
-    shown = phase(candidates, name, len(candidates), show=bench.engine.is_first)
+    shown = phase(candidates, name, len(candidates), show=bench.engine.is_first) if name else candidates
     return {index: bench.loss_without({*gone, index}, blocks_NT) for index in shown}
 
 
 def _losses_reusing_prefix(
-    bench: Bench, gone: Collection[int], candidates: Sequence[int], blocks_NT: Tensor, name: str
+    bench: Bench, gone: Collection[int], candidates: Sequence[int], blocks_NT: Tensor, name: str | None
 ) -> dict[int, float]:
     """The same, batch by batch; on a rank, the hidden states of one batch are held at a time, `L x [b, T, D]`."""
     assert bench.model is not None

@@ -2,7 +2,8 @@
 
 L1 = LM(W, X; gates) + lambda1 * sum_i |g_i| (paper, section 3.1). Three schedules: `greedy` (paper: learn, doom the
 smallest, bypass it, learn again), `one-shot` (the paper's ablation), and `budget` (ours: projected gradient descent on
-sum(g) = L - dropped so far, 0 <= g <= 1; no lambda1).
+sum(g) = L - dropped so far, 0 <= g <= 1; no lambda1). A fourth, `search` (ours, the default of `tsp`), has hard gates
+and nothing to learn: `hard.py`.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 from tsp.config import Stage1Config
 from tsp.gates import Gates
 from tsp.methods.base import Bench
+from tsp.methods.trsp import hard
 from tsp.penalties import lm_loss, project_capped_simplex, soft_threshold
 from tsp.progress import phase
 from tsp.records import Scores
@@ -21,8 +23,10 @@ from tsp.training import train
 
 
 def score(bench: Bench, num_drop: int) -> Scores:
-    """Order the layers by their learned gates."""
+    """Order the layers by their gates."""
     config = bench.config.stage1
+    if config.schedule == "search":
+        return hard.score(bench, num_drop)
     gates = Gates(bench.decoder, config.placement)
     gates.values.requires_grad_(True)
     with gates.attached():

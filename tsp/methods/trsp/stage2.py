@@ -6,6 +6,7 @@ the others' gates are 1 throughout.
 """
 
 import math
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -17,11 +18,12 @@ from tsp.checkpoint import round_weights
 from tsp.config import Stage2Config
 from tsp.gates import Gates
 from tsp.methods.base import Bench
+from tsp.methods.trsp.peak_lr import peak_lr
 from tsp.mounted import Mounted
 from tsp.penalties import distillation_loss, gap_norm, lm_loss
 from tsp.progress import phase
 from tsp.sharding import AdamW
-from tsp.training import train
+from tsp.training import micro_batches, train
 
 # Takes tokens [B, T], returns the dense model's logits [B, T, V], without gradient.
 Teacher = Callable[[Tensor], Tensor]
@@ -44,13 +46,17 @@ def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) 
     gates = Gates(decoder, gated=doomed, recorded=doomed)
     optimizer = AdamW(weight_decay=config.weight_decay, clip=config.clip) if config.trainable != "none" else None
     try:
+        started = time.perf_counter()
+        peak = peak_lr(bench, doomed) if config.lr is None else config.lr
+        if bench.seconds_left is not None:
+            bench.seconds_left -= time.perf_counter() - started
         with (
             engine.mounted(decoder.model, optimizer) as model,
             _teacher(bench, model, gates) as teacher,
             gates.attached(),
         ):
             bench.model = model
-            _run(bench, model, teacher, gates, doomed)
+            _run(bench, model, teacher, gates, doomed, peak)
     except Exception:
         # Who stops it between two steps goes on with the model, whose own weights he has put aside.
         remove_adapters(decoder.model)
@@ -67,13 +73,13 @@ def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) 
     decoder.model.requires_grad_(False)
 
 
-def learning_rate(step: int, num_steps: int, config: Stage2Config) -> float:
+def learning_rate(step: int, num_steps: int, peak: float, warmup_share: float) -> float:
     """Linear warm-up, then a half cosine from the peak to a tenth of it."""
-    warmup = config.warmup_share * num_steps
+    warmup = warmup_share * num_steps
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
+        return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(num_steps - warmup, 1)
-    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def gate_value(step: int, num_steps: int, config: Stage2Config) -> float:
@@ -83,16 +89,17 @@ def gate_value(step: int, num_steps: int, config: Stage2Config) -> float:
     return {"hold": 1.0, "off": 0.0}[config.gates]
 
 
-def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: Collection[int]) -> None:
+def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: Collection[int], peak: float) -> None:
     config, engine, decoder = bench.config.stage2, bench.engine, bench.decoder
     doomed = sorted(doomed)
     gap_sizes = torch.zeros(decoder.num_layers, device=engine.device)
-    own_gates = torch.optim.Adam([gates.values], lr=config.lr) if config.trainable == "none" else None
+    weight = _penalty_weight(bench, model, gates)
+    own_gates = torch.optim.Adam([gates.values], lr=peak) if config.trainable == "none" else None
     if own_gates:
         gates.values.requires_grad_(True)
 
     def before_step(step: int, num_steps: int) -> None:
-        model.set_lr(learning_rate(step, num_steps, config))
+        model.set_lr(learning_rate(step, num_steps, peak, config.warmup_share))
         gap_sizes.zero_()
         if own_gates is None:
             gate = gate_value(step, num_steps, config)
@@ -110,13 +117,14 @@ def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: C
         dense_BTV = teacher(tokens_BT) if config.task.distill else None
         gates.gaps.clear()
         logits_BTV = model(tokens_BT)
-        gaps = {index: gap_norm(gap, config.gap_norm, config.gap_reduction) for index, gap in gates.gaps.items()}
+        gaps = _sizes(gates, config)
         for index, size in gaps.items():
             gap_sizes[index] += size.detach() / bench.config.train.accumulation
-        parts = {"gap": sum(gaps.values(), start=logits_BTV.new_zeros((), dtype=torch.float32)) * config.lambda2}
         # Without a weight it is for the record only.
         only_shown = dense_BTV is not None and not config.task.lm
-        parts["lm"] = lm_loss(logits_BTV.detach() if only_shown else logits_BTV, tokens_BT, share)
+        lm = lm_loss(logits_BTV.detach() if only_shown else logits_BTV, tokens_BT, share)
+        gap = sum(gaps.values(), start=logits_BTV.new_zeros((), dtype=torch.float32))
+        parts = {"gap": gap * weight, "lm": lm}
         if dense_BTV is not None:
             parts["distill"] = distillation_loss(logits_BTV, dense_BTV, config.temperature, tokens_BT, share)
         total = config.task.lm * parts["lm"] + config.task.distill * parts.get("distill", 0.0) + parts["gap"]
@@ -136,7 +144,27 @@ def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: C
     )
     for step in phase(stats, "stage 2", config.steps if bench.seconds_left is None else None, show=engine.is_first):
         gaps = dict(enumerate(engine.mean(gap_sizes).tolist()))
-        bench.log("stage2", step, gates.readable(), {f"stage2/gap/layer_{index:03d}": gaps[index] for index in gaps})
+        more = {f"stage2/gap/layer_{index:03d}": gaps[index] for index in gaps} | {"stage2/peak_lr": peak}
+        bench.log("stage2", step, gates.readable(), more)
+
+
+def _penalty_weight(bench: Bench, model: Mounted, gates: Gates) -> float:
+    """lambda2, in the unit that the first step's sequences give before anything is trained."""
+    config, engine, parts = bench.config.stage2, bench.engine, []
+    if config.lambda2_unit == "one" or config.gates == "off" or not config.lambda2:
+        return config.lambda2
+    with torch.no_grad():
+        for tokens_BT, share in micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.config.seed + 1):
+            gates.gaps.clear()
+            lm = lm_loss(model(tokens_BT), tokens_BT, share)
+            parts.append(torch.stack([lm, *_sizes(gates, config).values()]))
+    first = engine.mean(torch.stack(parts).mean(dim=0))
+    gap = float(first[1:].sum())
+    return config.lambda2 * float(first[0]) / gap if gap else config.lambda2
+
+
+def _sizes(gates: Gates, config: Stage2Config) -> dict[int, Tensor]:
+    return {index: gap_norm(gap, config.gap_norm, config.gap_reduction) for index, gap in gates.gaps.items()}
 
 
 def _make_trainable(bench: Bench, doomed: Collection[int]) -> None:

@@ -1,0 +1,59 @@
+"""A learning rate in units of the problem, for `stage2.lr` that is not given.
+
+AdamW's first step moves each weight by the learning rate, against the sign of its gradient, so the loss falls by
+`lr * |gradient|_1` as far as it is linear. What there is to win is the task's loss above that of the dense model. Their
+ratio is Polyak's step length (Introduction to Optimization, 1987, section 5.3) for descent by signs: it falls with the
+number of weights that move, and with a large model is small by itself.
+"""
+
+import logging
+from collections.abc import Collection
+
+import torch
+
+from tsp.methods.base import Bench
+from tsp.penalties import distillation_loss, lm_loss
+from tsp.sharding import Gradients
+from tsp.training import micro_batches
+
+log = logging.getLogger("tsp")
+
+NOTHING_LOST = 1e-3
+"""Where the model without its doomed layers is no worse on the first step's sequences: there is nothing to go by."""
+
+
+def peak_lr(bench: Bench, doomed: Collection[int]) -> float:
+    """`stage2.lr_scale` times the step length on the first step's sequences, without the doomed layers.
+
+    Args:
+        bench: the model unmounted; what trains has `requires_grad`, and the weights are those of the dense model.
+        doomed: layers that will be dropped.
+    """
+    config, engine, model = bench.config.stage2, bench.engine, bench.decoder.model
+    excesses = []
+    with engine.mounted(model, Gradients(num_micro_batches=bench.config.train.accumulation)) as mounted:
+        first = micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.config.seed + 1)
+        for number, (tokens_BT, share) in enumerate(first):
+            if number:
+                mounted.end_micro_batch()
+            with torch.no_grad():
+                dense_BTV = mounted(tokens_BT)
+                floor = config.task.lm * lm_loss(dense_BTV, tokens_BT, share)
+            with bench.decoder.bypassing(doomed):
+                pruned_BTV = mounted(tokens_BT)
+                lm = lm_loss(pruned_BTV, tokens_BT, share)
+                distill = distillation_loss(pruned_BTV, dense_BTV, config.temperature, tokens_BT, share)
+                loss = config.task.lm * lm + config.task.distill * distill
+                mounted.backward(loss)
+            excesses.append(loss.detach() - floor)
+        mounted.release()
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        norm = sum(float(engine.gradient(parameter).float().abs().sum()) for parameter in trained)
+    model.zero_grad()
+    excess = float(engine.mean(torch.stack(excesses).mean()))
+    if excess <= 0 or norm == 0:
+        log.info("stage 2: nothing was lost on the first sequences, learning rate %g", NOTHING_LOST)
+        return NOTHING_LOST
+    lr = config.lr_scale * excess / norm
+    log.info("stage 2: learning rate %.3g = %g * %.4g / %.4g", lr, config.lr_scale, excess, norm)
+    return lr
