@@ -27,6 +27,7 @@ SETTINGS = {
     "eval.generation_prompt_tokens": 4,
     "eval.generation_new_tokens": 6,
     "train.batch_size": 8,
+    "stage1.schedule": "budget",
     "stage1.steps": 14,
     "stage1.lr": 0.1,
     "stage2.steps": 6,
