@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from tests.models import REPOSITORY, corpus_file, logits, model_folder, sample, tiny_model
 
-pytestmark = pytest.mark.multiproc
+pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
 
 SETTINGS = {
     "data.block_tokens": 16,
