@@ -59,7 +59,7 @@ SELECTIONS = ("tsp", "sleb", "taylor", "laco")
 FOLDS = ("merge", "replaceme")
 ON_ONE_RANK = (
     *("ranks", "falling-zero3-fp32", "budget-zero2-fp32", "lora-zero3-fp32", "full-zero2-fp32"),
-    *(f"{name}-zero2" for name in (*SELECTIONS, *FOLDS)),
+    *(f"{name}-zero2" for name in (*SELECTIONS, *FOLDS, "peak-lora", "peak-full")),
 )
 
 
@@ -88,6 +88,10 @@ def plan(num_ranks: int) -> dict[str, dict]:
             found[f"{name}-zero{stage}"] = case("select", "plain", zero(stage), settings, method=name, num_drop=2)
         for name in FOLDS:
             found[f"{name}-zero{stage}"] = case("move", "plain", zero(stage), settings, transfer=name, doomed=DOOMED)
+        for name in ("lora", "full"):
+            # The doomed layers may train, and get no gradient where the learning rate is found.
+            settings = ANNEAL | {"stage2__trainable": name, "stage2__steps": 1, "stage2__lambda2": 0.0}
+            found[f"peak-{name}-zero{stage}"] = case("move", "plain", zero(stage), settings, doomed=DOOMED)
     if num_ranks == 1:
         found = {name: found[name] for name in ON_ONE_RANK}
     for placement in ("residual", "output"):
@@ -213,6 +217,13 @@ def test_one_rank_is_two_ranks_in_stage_2(of, name):
     assert series(one, "stage2/gap/layer_001") == pytest.approx(series(two, "stage2/gap/layer_001"), rel=1e-3)
     assert gates(one, "stage2").tolist() == gates(two, "stage2").tolist()
     assert differing(one, two) < 0.01
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_learning_rate_is_found_alike_on_any_number_of_ranks(of, trainable, stage):
+    one, two = of(f"peak-{trainable}-zero2", 1), of(f"peak-{trainable}-zero{stage}")
+    assert series(two, "stage2/peak_lr") == pytest.approx(series(one, "stage2/peak_lr"), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", SELECTIONS)

@@ -56,6 +56,11 @@ class Bench:
     after_step: Callable[[str, StepStats, list[float]], None] = lambda stage, stats, gates: None
     """Called on every rank between two steps; what it raises, on all of them alike, stops the job there."""
 
+    @property
+    def transfer_seed(self) -> int:
+        """Of the order of the blocks in a training transfer; learned gates take them in that of `seed`."""
+        return self.config.seed + 1
+
     def loss_without(self, bypassed: Collection[int], blocks_NT: Tensor, name: str | None = None) -> float:
         """Mean cross-entropy on some blocks with these layers bypassed, nats per token; the same on every rank."""
         assert self.model is not None, "measured while it is mounted"

@@ -32,7 +32,7 @@ def peak_lr(bench: Bench, doomed: Collection[int]) -> float:
     config, engine, model = bench.config.stage2, bench.engine, bench.decoder.model
     excesses = []
     with engine.mounted(model, Gradients(num_micro_batches=bench.config.train.accumulation)) as mounted:
-        first = micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.config.seed + 1)
+        first = micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.transfer_seed)
         for number, (tokens_BT, share) in enumerate(first):
             if number:
                 mounted.end_micro_batch()

@@ -137,7 +137,7 @@ def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: C
         bench.config.train,
         num_steps=config.steps,
         seconds=bench.seconds_left,
-        seed=bench.config.seed + 1,
+        seed=bench.transfer_seed,
         loss=loss,
         before_step=before_step,
         after_step=after_step,
@@ -154,7 +154,7 @@ def _penalty_weight(bench: Bench, model: Mounted, gates: Gates) -> float:
     if config.lambda2_unit == "one" or config.gates == "off" or not config.lambda2:
         return config.lambda2
     with torch.no_grad():
-        for tokens_BT, share in micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.config.seed + 1):
+        for tokens_BT, share in micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.transfer_seed):
             gates.gaps.clear()
             lm = lm_loss(model(tokens_BT), tokens_BT, share)
             parts.append(torch.stack([lm, *_sizes(gates, config).values()]))
