@@ -260,7 +260,8 @@ def take_through(name: str, folder: Path) -> Path:
     with Gates(decoder).attached():
         assert torch.equal(logits(decoder.model, ids), dense), "gates at 1 change nothing"
     assert torch.equal(logits(decoder.model, ids), dense), "and leave no trace"
-    made = bench(decoder.model, ids.repeat(4, 1), job(stage1__steps=2, stage1__lr=0.1, data__block_tokens=12))
+    learned = job(stage1__schedule="budget", stage1__steps=2, stage1__lr=0.1, data__block_tokens=12)
+    made = bench(decoder.model, ids.repeat(4, 1), learned)
     with made.engine.mounted(decoder.model) as made.model:
         gates = score(made, 2)
     assert min(gates.values) < 1, "a gate moved"

@@ -90,8 +90,8 @@ def plan(num_ranks: int) -> dict[str, dict]:
             found[f"{name}-zero{stage}"] = case("move", "plain", zero(stage), settings, transfer=name, doomed=DOOMED)
         for name in ("lora", "full"):
             # The doomed layers may train, and get no gradient where the learning rate is found.
-            settings = ANNEAL | {"stage2__trainable": name, "stage2__steps": 1, "stage2__lambda2": 0.0}
-            found[f"peak-{name}-zero{stage}"] = case("move", "plain", zero(stage), settings, doomed=DOOMED)
+            first_step = ANNEAL | {"stage2__trainable": name, "stage2__steps": 1, "stage2__lambda2": 0.0}
+            found[f"peak-{name}-zero{stage}"] = case("move", "plain", zero(stage), first_step, doomed=DOOMED)
     if num_ranks == 1:
         found = {name: found[name] for name in ON_ONE_RANK}
     for placement in ("residual", "output"):
