@@ -47,6 +47,16 @@ class Corpus:
         digest.update(self.blocks.numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def about(self, count: str) -> dict[str, Any]:
+        """What a result says of it.
+
+        Args:
+            count: what its sequences are called: `num_blocks` to learn from, `num_windows` to measure on.
+        """
+        num_blocks, block_tokens = self.blocks.shape
+        known = {"name": self.name, "fingerprint": self.fingerprint}
+        return known | {count: num_blocks, "block_tokens": block_tokens}
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Text:

@@ -5,6 +5,8 @@ class TspError(Exception):
     """Base of all errors with a message for the user: what is wrong, what was got, what is allowed, what to do."""
 
     exit_code = 1
+    picture = ""
+    """Lines that point at the place, printed above the message."""
 
 
 class ConfigError(TspError):
@@ -27,6 +29,12 @@ class DataError(TspError):
 
 class BoundError(TspError):
     """A bound that no number of layers keeps, as measured."""
+
+    exit_code = 3
+
+
+class PromotionError(TspError):
+    """An alias that does not move: a requirement that is not kept, or somebody else who moved it."""
 
     exit_code = 3
 

@@ -83,6 +83,7 @@ def evaluate_model(
         "schema": SCHEMA,
         "model": source.name,
         "against": against,
+        "corpora": {corpus.name: corpus.about("num_windows") for corpus in corpora},
         "perplexity": {
             corpus: {"ppl": row.ppl, "num_windows": row.num_windows, "block_tokens": row.block_tokens}
             for corpus, row in states["model"].perplexity.items()

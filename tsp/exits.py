@@ -31,7 +31,7 @@ def exit_codes(*, debug: bool = False) -> Iterator[None]:
         code = 143 if isinstance(interrupt, Terminated) else 130
         _end("interrupted", code, debug=False)
     except TspError as error:
-        _end(" ".join(str(error).split()), error.exit_code, debug)
+        _end(" ".join(str(error).split()), error.exit_code, debug, error.picture)
     except Exception as error:  # the last line of defence: every failure ends in one line and a code
         _end(f"{type(error).__name__}: {' '.join(str(error).split())}"[:400], 1, debug=True)
 
@@ -54,12 +54,14 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _end(message: str, code: int, debug: bool) -> None:
+def _end(message: str, code: int, debug: bool, picture: str = "") -> None:
     if int(os.environ.get("RANK", "0")) > 0 and code < 128:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_SILENCE_S)
     if debug:
         traceback.print_exc()
+    if picture:
+        print(picture, file=sys.stderr)
     print(f"error: {message}", file=sys.stderr, flush=True)
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():

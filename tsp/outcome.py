@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tsp.config import flatten
-from tsp.data import Corpus, token_divergence
+from tsp.data import token_divergence
 from tsp.errors import ModelError
 from tsp.evaluation.generation_speed import measure_folder
 from tsp.evaluation.summary import metrics, summarise
@@ -111,8 +111,8 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker) -> dict[str, Any]:
         "dtype": outcome.dtype,
         "seed": job.config.seed,
         "settings": flatten(job.config.model_dump(mode="json")),
-        "calibration": _about(job.calibration, "num_blocks") | _likeness(job, outcome),
-        "corpora": {corpus.name: _about(corpus, "num_windows") for corpus in job.evals},
+        "calibration": job.calibration.about("num_blocks") | _likeness(job, outcome),
+        "corpora": {corpus.name: corpus.about("num_windows") for corpus in job.evals},
         "dropped": list(dropped),
         "scores": list(outcome.scores.values),
         **measured,
@@ -142,12 +142,6 @@ def _say_if_slower(job: "Job", result: dict[str, Any]) -> None:
     if wanted is not None and speed["pruned"] < wanted * speed["dense"]:
         ratio = speed["pruned"] / speed["dense"]
         log.warning("measured again at the end, a prompt is %.3f times as fast, %g was asked for", ratio, wanted)
-
-
-def _about(corpus: Corpus, count: str) -> dict[str, Any]:
-    num_blocks, block_tokens = corpus.blocks.shape
-    about = {"name": corpus.name, "fingerprint": corpus.fingerprint}
-    return about | {count: num_blocks, "block_tokens": block_tokens}
 
 
 def _likeness(job: "Job", outcome: Outcome) -> dict[str, Any]:

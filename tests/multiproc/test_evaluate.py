@@ -106,13 +106,15 @@ def test_the_keys_of_the_contract_stay_and_the_numbers_are_plain(inputs, alone):
     assert set(alone) == {
         "schema", "model", "against", "perplexity", "ppl", "ppl_interval", "ppl_ratio_interval", "fidelity", "slices",
         "worst_slice", "generation", "tasks", "speed", "parameters", "size_gib", "kv_cache_bytes_per_token",
-        "weights_gib", "peak_memory_gib",
+        "weights_gib", "peak_memory_gib", "corpora",
     }  # fmt: skip
     for state, model in (("dense", dense), ("model", other)):
         loss = torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in blocks]).mean()
         assert alone["ppl"]["text"][state] == pytest.approx(float(loss.exp()), rel=1e-5)
     row = alone["perplexity"]["text"]
     assert row == {"ppl": alone["ppl"]["text"]["model"], "num_windows": len(blocks), "block_tokens": 16}
+    about = {"name": "text", "num_windows": len(blocks), "block_tokens": 16}
+    assert about.items() <= alone["corpora"]["text"].items()
     low, high = alone["ppl_ratio_interval"]["text"]["model"]
     assert low < row["ppl"] / alone["ppl"]["text"]["dense"] < high
     assert list(alone["fidelity"]["text"]) == ["model"]

@@ -1,0 +1,124 @@
+"""Requirements: how they are read, where a wrong one is pointed at, and when a value keeps them."""
+
+import math
+
+import pytest
+
+from tsp.errors import ConfigError
+from tsp.policy import Requirement, check_alias, judge, read_policy, read_requirement, required_of
+
+
+def hint(name: str) -> str:
+    return f"measure {name}"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "operator", "bound"),
+    [
+        ("ppl_ratio<=1.10", "ppl_ratio", "<=", 1.1),
+        (" ppl/wikitext2 <= 12 ", "ppl/wikitext2", "<=", 12.0),
+        ("speedup>1.2", "speedup", ">", 1.2),
+        ("zero_shot/piqa_drop<=2e-2", "zero_shot/piqa_drop", "<=", 0.02),
+        ("zero_shot/arc-easy_drop>=-1", "zero_shot/arc-easy_drop", ">=", -1.0),
+        ("vs_champion.ppl_ratio<=1.01", "vs_champion.ppl_ratio", "<=", 1.01),
+        ("round_trip==ok", "round_trip", "==", "ok"),
+    ],
+)
+def test_a_requirement_is_read(text, name, operator, bound):
+    assert read_requirement(text) == Requirement(name=name, operator=operator, bound=bound)
+    assert read_requirement(str(read_requirement(text))) == read_requirement(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("", 0),
+        ("<=1.1", 0),
+        ("ppl_ratio", 9),
+        ("ppl_ratio=1.1", 9),
+        ("ppl_ratio =< 1.1", 10),
+        ("ppl_ratio<=", 11),
+        ("ppl_ratio<=ten", 11),
+        ("ppl_ratio<= nan", 12),
+        ("ppl_ratio<=inf", 11),
+        ("ppl_ratio<=1.1 speedup>=2", 15),
+        ("round_trip==not,ok", 12),
+    ],
+)
+def test_a_caret_points_at_what_cannot_be_read(text, place):
+    with pytest.raises(ConfigError, match=f"at character {place + 1};") as caught:
+        read_requirement(text)
+    shown, pointed = caught.value.picture.splitlines()
+    assert shown == f"    {text}"
+    assert pointed.index("^") == 4 + place
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "holds"),
+    [
+        ("ppl_ratio<=1.1", 1.1, True),
+        ("ppl_ratio<1.1", 1.1, False),
+        ("speedup>=1.2", 1.2, True),
+        ("speedup>1.2", 1.2, False),
+        ("num==3", 3.0, True),
+        ("ppl_ratio<=1.1", math.nan, False),
+        ("speedup>=1.2", math.nan, False),
+        ("speedup>=1.2", math.inf, False),
+        ("num==3", math.nan, False),
+        ("round_trip==ok", "ok", True),
+        ("round_trip==ok", "failed", False),
+        ("round_trip==ok", 1.0, False),
+        ("ppl_ratio<=1.1", "ok", False),
+    ],
+)
+def test_a_value_keeps_a_bound_or_not(text, value, holds):
+    assert read_requirement(text).holds(value) == holds
+
+
+def test_what_is_missing_is_not_kept_and_says_what_measures_it():
+    asked = [read_requirement(text) for text in ("ppl_ratio<=1.1", "speedup>=1.2", "kl<=1", "vs_champion.ppl_ratio<=1")]
+    verdicts = judge(asked, {"ppl_ratio": 1.05, "speedup": 1.1}, first=False, how_to_measure=hint)
+    assert [one.verdict for one in verdicts] == ["kept", "broken", "missing", "missing"]
+    assert [one.passes for one in verdicts] == [True, False, False, False]
+    assert verdicts[2].note == "measure kl"
+    assert (verdicts[1].requirement, verdicts[1].name, verdicts[1].measured) == ("speedup>=1.2", "speedup", 1.1)
+
+
+def test_the_first_champion_is_compared_with_none():
+    asked = [read_requirement("vs_champion.ppl_ratio<=1.01"), read_requirement("ppl_ratio<=1.1")]
+    verdicts = judge(asked, {}, first=True, how_to_measure=hint)
+    assert [(one.verdict, one.passes) for one in verdicts] == [("not needed", True), ("missing", False)]
+
+
+def test_a_policy_has_requirements_for_each_alias(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("champion: [ppl_ratio<=1.10, round_trip==ok]\nshadow: [ppl_ratio<=1.2]\n")
+    two.write_text("# the same\nshadow:\n  - 'ppl_ratio <= 1.20'\nchampion: ['ppl_ratio<=1.1', round_trip == ok]\n")
+    policy = read_policy(one)
+    assert [str(row) for row in required_of(policy, "champion")] == ["ppl_ratio<=1.1", "round_trip==ok"]
+    assert policy.hash == read_policy(two).hash
+    two.write_text("shadow: [ppl_ratio<=1.21]\n")
+    assert policy.hash != read_policy(two).hash
+    with pytest.raises(ConfigError, match=r"nothing of 'champio'; did you mean champion\?"):
+        required_of(policy, "champio")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "champion: []", "champion: ppl_ratio<=1", "champion: [1]", "champion: [{a: 1}]", "v1: [kl<=1]"]
+)
+def test_a_policy_that_asks_for_nothing_is_refused(tmp_path, content):
+    path = tmp_path / "policy.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError):
+        read_policy(path)
+
+
+@pytest.mark.parametrize("alias", ["champion", "previous_champion", "eu-west", "A1"])
+def test_an_alias_that_mlflow_takes(alias):
+    check_alias(alias)
+
+
+@pytest.mark.parametrize("alias", ["", "1", "v1", "V20", "latest", "a b", "a/b", "a@b", "x" * 256])
+def test_an_alias_that_mlflow_does_not_take(alias):
+    with pytest.raises(ConfigError, match="an alias must be"):
+        check_alias(alias)
