@@ -9,6 +9,7 @@ import click
 
 from tsp import __version__
 from tsp.cli_compare import advise, compare
+from tsp.cli_registry import audit, promote, rollback
 from tsp.cli_tune import tune
 from tsp.exits import exit_codes, run_passing_signals, stdout_kept_clean
 from tsp.launch import is_first_rank, launch_command, launcher_options, world_size
@@ -30,9 +31,8 @@ def main() -> None:
     """Make language models smaller by removing whole layers without losing what they know."""
 
 
-main.add_command(advise)
-main.add_command(compare)
-main.add_command(tune)
+for _command in (advise, audit, compare, promote, rollback, tune):
+    main.add_command(_command)
 
 
 @click.command(cls=Command)
@@ -88,7 +88,8 @@ def evaluate(
         given = [nest("model.path", model), nest("eval.sources", list(eval_data)), nest("eval.slices", slices)]
         given.append(nest("eval.tasks", list(tasks)))
         config = load_config([*given, *map(parse_override, overrides)])
-        result = evaluate_model(config, ds, root=Path.cwd(), world_size=world_size(), against=against)
+        dense = config.model.model_copy(update={"path": against, "revision": None}) if against else None
+        result = evaluate_model(config, ds, root=Path.cwd(), world_size=world_size(), against=dense)
         if not is_first_rank():
             return
         if as_json:

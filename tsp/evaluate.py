@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from tsp.checkpoint import load
-from tsp.config import JobConfig
-from tsp.data import load_evaluation
+from tsp.config import JobConfig, ModelConfig
+from tsp.data import load_corpora, load_evaluation
+from tsp.demo import NAME as DEMO_NAME
 from tsp.engine import Engine
 from tsp.errors import ModelError
 from tsp.evaluation.generation_speed import check_fits, generation_tokens_per_s
@@ -25,12 +26,12 @@ SCHEMA = 1
 
 
 def evaluate_model(
-    config: JobConfig, ds_path: Path | None, *, root: Path, world_size: int, against: str | None = None
+    config: JobConfig, ds_path: Path | None, *, root: Path, world_size: int, against: ModelConfig | None = None
 ) -> dict[str, Any]:
     """Load a model and measure it; the same call on every rank.
 
     Args:
-        config: `model` and `eval` are read.
+        config: `model` and `eval` are read, and `data` where `eval.sources` names nothing: what is held out of it.
         ds_path: DeepSpeed JSON that says how to shard; None: every rank holds the whole model.
         root: working directory; the registry of `models:/...` is the one of its store.
         world_size: ranks; they share the windows.
@@ -49,7 +50,10 @@ def evaluate_model(
     tokenizer = load_tokenizer(source)
     max_positions = min(one.max_positions for one in sources.values())
     check_fits(config.eval, max_positions)
-    corpora = load_evaluation(config, tokenizer, max_positions)
+    if config.eval.sources:
+        corpora = load_evaluation(config, tokenizer, max_positions)
+    else:
+        corpora = load_corpora(config, tokenizer, max_positions).evals
     tasks = open_tasks(config.eval, tokenizer, max_positions)
     dtype = weights_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     # Nothing is trained: any batch that the ranks divide will do.
@@ -82,7 +86,7 @@ def evaluate_model(
     return {
         "schema": SCHEMA,
         "model": source.name,
-        "against": against,
+        "against": (against.path or DEMO_NAME) if against else None,
         "corpora": {corpus.name: corpus.about("num_windows") for corpus in corpora},
         "perplexity": {
             corpus: {"ppl": row.ppl, "num_windows": row.num_windows, "block_tokens": row.block_tokens}
@@ -98,15 +102,14 @@ def evaluate_model(
     }
 
 
-def _open(config: JobConfig, against: str | None, root: Path) -> dict[str, Source]:
+def _open(config: JobConfig, against: ModelConfig | None, root: Path) -> dict[str, Source]:
     """The models by state, in the order in which they are measured."""
     model = open_source(located(config.model, root))
     if against is None:
         return {"model": model}
-    settings = config.model.model_copy(update={"path": against, "revision": None})
-    dense = open_source(located(settings, root))
+    dense = open_source(located(against, root))
     if load_tokenizer(dense).get_vocab() != load_tokenizer(model).get_vocab():
         raise ModelError(
-            f"--against {against} must have the same tokenizer as {model.name}: other tokens cannot be compared"
+            f"--against {dense.name} must have the same tokenizer as {model.name}: other tokens cannot be compared"
         )
     return {"dense": dense, "model": model}

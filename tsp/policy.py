@@ -190,7 +190,7 @@ def _judged(
     if value is not None:
         verdict, note = "kept" if one.holds(value) else "broken", ""
     elif first and one.name.startswith(VS_CHAMPION):
-        verdict, note = "not needed", "there is no champion yet"
+        verdict, note = "not needed", "there is no champion to compare with"
     else:
         verdict, note = "missing", how_to_measure(one.name)
     return Verdict(requirement=str(one), name=one.name, measured=value, verdict=verdict, note=note)

@@ -95,7 +95,7 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
             "registered": f"models:/{name}/{version}",
             "in Python": f"import mlflow; mlflow.set_tracking_uri({store_uri!r})",
             "load": f"mlflow.transformers.load_model('models:/{name}/{version}')",
-            "promote": f"mlflow.MlflowClient().set_registered_model_alias({name!r}, 'champion', '{version}')",
+            "promote": f"tsp promote {shlex.quote(name)} {version} --require 'ppl_ratio<=1.10'",
         }
     for step, text in steps.items():
         console.print(f"{step:<11} {text}", soft_wrap=True)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tsp.config import ModelConfig
 from tsp.decoder import find_decoder, read_by_others
 from tsp.demo import CHECKPOINT as DEMO_CHECKPOINT
+from tsp.demo import NAME as DEMO_NAME
 from tsp.errors import ModelError
 from tsp.shards import read_header
 from tsp.surgery import (
@@ -86,7 +87,7 @@ def open_source(config: ModelConfig) -> Source:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    name = config.path or "demo"
+    name = config.path or DEMO_NAME
     folder, revision = _folder(config)
     _check_files(folder)
     if not config.trust_remote_code and "auto_map" in json.loads((folder / "config.json").read_text()):

@@ -213,14 +213,14 @@ def test_tasks_are_given_by_commas_or_one_by_one():
 
 def test_a_dense_model_of_other_tokens_is_refused(tmp_path):
     from tests.models import model_folder, tiny_model
-    from tsp.config import load_config
+    from tsp.config import ModelConfig, load_config
     from tsp.demo import CHECKPOINT
     from tsp.evaluate import evaluate_model
 
     tiny = model_folder(tmp_path / "tiny", tiny_model(num_layers=2))
     config = load_config([{"model": {"path": str(tiny)}, "eval": {"sources": ["stdlib"]}}])
     with pytest.raises(TspError, match="must have the same tokenizer") as caught:
-        evaluate_model(config, None, root=tmp_path, world_size=1, against=str(CHECKPOINT))
+        evaluate_model(config, None, root=tmp_path, world_size=1, against=ModelConfig(path=str(CHECKPOINT)))
     assert caught.value.exit_code == 2
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tsp.errors import ModelError
+from tsp.tracking.manifest import MANIFEST_TAG, file_faults
 from tsp.tracking.registry import checkpoint_path, register_checkpoint
 from tsp.tracking.run import start_run
 from tsp.tracking.store import resolve_uri
@@ -70,7 +71,7 @@ def test_version_carries_its_lineage_and_no_copy_of_the_weights(registered):
     root, checkpoint, wanted = registered
     client = MlflowClient(resolve_uri(root))
     version = client.get_model_version("pruned", "1")
-    assert version.tags == wanted["tags"]
+    assert {key: value for key, value in version.tags.items() if key != MANIFEST_TAG} == wanted["tags"]
     assert version.description == "pruned"
     assert version.run_id == wanted["run_id"]
     (output,) = client.get_run(wanted["run_id"]).outputs.model_outputs
@@ -84,6 +85,37 @@ def test_version_carries_its_lineage_and_no_copy_of_the_weights(registered):
     requirements = (folder.parent / "requirements.txt").read_text().split()
     assert [line.partition("==")[0] for line in requirements] == ["torch", "transformers", "mlflow", "accelerate"]
     assert all("+" not in line and "==" in line for line in requirements)
+
+
+def test_a_changed_file_is_found_by_its_recorded_hash(registered):
+    import hashlib
+
+    from mlflow import MlflowClient
+
+    root, _, _ = registered
+    client = MlflowClient(resolve_uri(root))
+    version = client.get_model_version("pruned", "1")
+    folder = checkpoint_path("models:/pruned/1", root).parent
+    listed = json.loads((folder / "manifest.json").read_text())
+    assert set(listed) == {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+    for name, digest in listed.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    assert file_faults(client, version) == []
+    config, content = folder / "model" / "config.json", (folder / "model" / "config.json").read_text()
+    config.write_text(content + " ")
+    assert file_faults(client, version) == ["model/config.json changed"]
+    config.unlink()
+    assert file_faults(client, version) == ["model/config.json is gone"]
+    config.write_text(content)
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace("MLmodel", "MLmodem"))
+    assert file_faults(client, version) == ["manifest.json changed"]
+    (folder / "manifest.json").write_text(manifest)
+    assert file_faults(client, version) == []
 
 
 def test_same_run_again_gives_the_same_version(registered):

@@ -3,3 +3,5 @@
 from pathlib import Path
 
 CHECKPOINT = Path(__file__).parent / "model"
+NAME = "demo"
+"""What results call the model."""

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,9 +33,10 @@ log = logging.getLogger("tsp")
 PREVIOUS = "previous_"
 """Before an alias: the version that had it before."""
 DECISION_KIND = "decision"
+ACCEPTED = "accepted"
 DECISION_FILE = "decision.json"
 
-_LOCK = ".lock"
+LOCK = ".lock"
 _LOCK_STALE_S = 120.0
 """Nothing under the lock takes more than a few requests: whoever holds it for longer is dead."""
 _LOCK_WAIT_S = 30.0
@@ -68,7 +69,7 @@ class Decision:
     @property
     def outcome(self) -> str:
         """In a word."""
-        return "refused" if self.refusal else "accepted"
+        return "refused" if self.refusal else ACCEPTED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ def locked(client: "MlflowClient", name: str) -> Iterator[None]:
     Raises:
         PromotionError: somebody else holds it, for half a minute.
     """
-    lock, me = f"{name}{_LOCK}", f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}"
+    lock, me = f"{name}{LOCK}", f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}"
     end = time.monotonic() + _LOCK_WAIT_S
     while not _created(client, lock, me):
         if time.monotonic() > end:
@@ -205,6 +206,21 @@ def decisions(client: "MlflowClient", name: str) -> list[Recorded]:
         token = page.token
         if not token:
             return found
+
+
+def line_of_holders(history: Iterable[Recorded], alias: str) -> list[str]:
+    """The versions that had an alias, so that each rollback goes one back; the last has it, by what was decided."""
+    line: list[str] = []
+    for one in history:
+        if one.alias != alias or one.outcome != ACCEPTED or not one.carried_out:
+            continue
+        if one.kind == "promotion":
+            # Who had it before may have got it without us.
+            line += [one.previous] if one.previous and line[-1:] != [one.previous] else []
+            line.append(one.version)
+        else:
+            line = line[: line.index(one.version) + 1] if one.version in line else [one.version]
+    return line
 
 
 def _as_recorded(run: "Run") -> Recorded:

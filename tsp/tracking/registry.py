@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tsp.config import ModelConfig
 from tsp.errors import ModelError, TrackingError
+from tsp.tracking.manifest import MANIFEST_TAG, write_manifest
 from tsp.tracking.store import http_limits, mlruns_folder, open_store, resolve_uri
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def register_checkpoint(
         checkpoint: plain Hugging Face folder with config, safetensors and tokenizer.
         name: registered model; created if it is new.
         run_id: the run that made the checkpoint; it must exist in the store.
-        tags: tags of the version, its lineage.
+        tags: tags of the version, its lineage; the hash of its manifest is added.
         description: text of the version, Markdown.
         metadata: kept in the `MLmodel` file.
 
@@ -70,12 +71,12 @@ def register_checkpoint(
         raise ModelError(f"{checkpoint} holds no Hugging Face checkpoint: config.json is missing")
     client = MlflowClient(uri)
     try:
-        with _default_store(uri):
+        with default_store(uri):
             existing = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
             if existing:
                 return name, str(max(int(version.version) for version in existing))
-            logged = _log_model(client, checkpoint, name, run_id, metadata)
-            version = _create_version(client, logged, name, tags, description)
+            logged, manifest = _log_model(client, checkpoint, name, run_id, metadata)
+            version = _create_version(client, logged, name, {**tags, MANIFEST_TAG: manifest}, description)
     except MlflowException as error:
         raise TrackingError(f"{checkpoint} cannot be registered as {name!r} at {uri}: {error}") from error
     return name, str(version.version)
@@ -103,7 +104,7 @@ def checkpoint_path(uri: str, root: Path) -> Path:
     client = MlflowClient(store)
     name = match["name"]
     try:
-        with _default_store(store):
+        with default_store(store):
             version = match["version"] or client.get_model_version_by_alias(name, match["alias"]).version
             folder = _fetch(client, name, str(version), root)
     except MlflowException as error:
@@ -121,7 +122,7 @@ def located(config: ModelConfig, root: Path) -> ModelConfig:
 
 
 @contextmanager
-def _default_store(uri: str) -> Iterator[None]:
+def default_store(uri: str) -> Iterator[None]:
     """Make `uri` mlflow's default store inside the block, and be patient with it.
 
     mlflow 3.17: the sqlite registry looks a logged model up in the default store, whatever store its client was made
@@ -140,8 +141,8 @@ def _default_store(uri: str) -> Iterator[None]:
 
 def _log_model(
     client: "MlflowClient", checkpoint: Path, name: str, run_id: str, metadata: dict[str, Any]
-) -> "LoggedModel":
-    """The checkpoint as a logged model of the run, complete or FAILED."""
+) -> "tuple[LoggedModel, str]":
+    """The checkpoint as a logged model of the run, complete or FAILED; and the hash of its manifest."""
     from mlflow.entities import LoggedModelOutput
     from mlflow.utils.file_utils import local_file_uri_to_path
     from mlflow.utils.uri import is_local_uri
@@ -151,21 +152,21 @@ def _log_model(
     try:
         location = logged.artifact_location
         if is_local_uri(location):
-            _build(Path(local_file_uri_to_path(location)), checkpoint, name, logged, metadata)
+            manifest = _build(Path(local_file_uri_to_path(location)), checkpoint, name, logged, metadata)
         else:
             # Beside the checkpoint, so that the staging folder can be linked too.
             with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=".register-") as staging:
-                _build(Path(staging), checkpoint, name, logged, metadata)
+                manifest = _build(Path(staging), checkpoint, name, logged, metadata)
                 client.log_model_artifacts(logged.model_id, staging)
         client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, 0)])
-        return client.finalize_logged_model(logged.model_id, "READY")
+        return client.finalize_logged_model(logged.model_id, "READY"), manifest
     except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")
         raise
 
 
-def _build(out: Path, checkpoint: Path, name: str, logged: "LoggedModel", metadata: dict[str, Any]) -> None:
-    """Lay out an MLflow model folder: `model/`, `components/tokenizer/`, the environment, and last `MLmodel`."""
+def _build(out: Path, checkpoint: Path, name: str, logged: "LoggedModel", metadata: dict[str, Any]) -> str:
+    """Lay out an MLflow model folder: `model/`, `components/tokenizer/`, the environment, `MLmodel`, the manifest."""
     import mlflow.pyfunc
     import transformers
     from mlflow.models import Model, ModelSignature
@@ -209,6 +210,7 @@ def _build(out: Path, checkpoint: Path, name: str, logged: "LoggedModel", metada
         model_config={"max_new_tokens": 64, "do_sample": False},
     )
     model.save(str(out / "MLmodel"))
+    return write_manifest(out)
 
 
 def _place(source: Path, target: Path) -> None:

@@ -144,7 +144,7 @@ def _require_experiment(client: "MlflowClient", name: str) -> None:
 
 def _finished_job(client: "MlflowClient", run: "Run") -> FinishedJob | None:
     run_id, tags = run.info.run_id, run.data.tags
-    read = _reader(client, run_id)
+    read = artifact_reader(client, run_id)
     content, evaluation = read("result.json"), read("evaluation_pruned.json")
     if content is None:
         return None
@@ -192,7 +192,7 @@ def _of_earlier_releases(
     }
 
 
-def _reader(client: "MlflowClient", run_id: str) -> Callable[[str], bytes | None]:
+def artifact_reader(client: "MlflowClient", run_id: str) -> Callable[[str], bytes | None]:
     """Reads artifacts of a run by their path; each folder is listed once."""
 
     @functools.cache

@@ -1,0 +1,96 @@
+"""SHA-256 of every file of a registered model: written down when it is registered, compared before it is relied upon.
+
+    tag = write_manifest(folder)
+    faults = file_faults(client, version)       # ["model/model.safetensors changed"]
+
+The list lies beside the files as `manifest.json`; the version's tag holds the list's own hash, so that neither can be
+changed without the other.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+MANIFEST = "manifest.json"
+MANIFEST_TAG = "manifest_sha256"
+
+
+def write_manifest(folder: Path) -> str:
+    """List all files below a folder with their hashes in its `manifest.json`.
+
+    Returns:
+        The list's own hash.
+    """
+    hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / MANIFEST).write_text(json.dumps(hashes, indent=1) + "\n")
+    return sha256(folder / MANIFEST)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_faults(client: "MlflowClient", version: "ModelVersion") -> list[str] | None:
+    """What of a version's files is not as it was registered; each file is read, and behind a server fetched for it.
+
+    Returns:
+        A line for each file that is gone or changed; empty: all are as they were; None: no hashes were recorded, by an
+        earlier release or by somebody else.
+    """
+    recorded = version.tags.get(MANIFEST_TAG)
+    if recorded is None:
+        return None
+    location = client.get_model_version_download_uri(version.name, version.version)
+    with _fetched(client, location, MANIFEST) as manifest:
+        if manifest is None:
+            return [f"{MANIFEST} is gone"]
+        if sha256(manifest) != recorded:
+            return [f"{MANIFEST} changed"]
+        hashes: dict[str, str] = json.loads(manifest.read_text())
+    faults = []
+    for name, expected in hashes.items():
+        with _fetched(client, location, name) as path:
+            if path is None:
+                faults.append(f"{name} is gone")
+            elif sha256(path) != expected:
+                faults.append(f"{name} changed")
+    return faults
+
+
+@contextmanager
+def _fetched(client: "MlflowClient", location: str, name: str) -> Iterator[Path | None]:
+    """One file of a version where it can be read; None: it is not there."""
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.file_utils import local_file_uri_to_path
+    from mlflow.utils.uri import is_local_uri
+
+    if is_local_uri(location):
+        path = Path(local_file_uri_to_path(location)) / name
+        yield path if path.is_file() else None
+        return
+    with tempfile.TemporaryDirectory(prefix="tsp-") as folder:
+        try:
+            found: Path | None = Path(
+                mlflow.artifacts.download_artifacts(
+                    artifact_uri=f"{location.rstrip('/')}/{name}", dst_path=folder, tracking_uri=client.tracking_uri
+                )
+            )
+        except MlflowException as error:
+            if error.get_http_status_code() != 404:
+                raise
+            found = None
+        yield found
