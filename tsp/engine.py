@@ -91,7 +91,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        if "MASTER_ADDR" not in os.environ:
+        if "MASTER_ADDR" not in os.environ and not torch.distributed.is_initialized():
             # No launcher: we are the only process, and need neither a port nor a network.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
             torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

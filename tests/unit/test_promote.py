@@ -1,5 +1,6 @@
 """Promotion from evidence to alias, on an embedded store with real versions and results made by hand."""
 
+import itertools
 import json
 import re
 import threading
@@ -70,9 +71,13 @@ def root(tmp_path_factory):
         yield root
 
 
+_NUMBERS = itertools.count()
+
+
 @pytest.fixture
 def shop(root, request):
-    name = re.sub(r"\W", "-", request.node.name)
+    # The aliases "a b" and "a/b" of one test must not share a model.
+    name = re.sub(r"\W", "-", request.node.name) + f"-{next(_NUMBERS)}"
     with registry(root) as client:
         client.create_registered_model(name)
         for made in versions_of(client, "made"):
