@@ -16,6 +16,7 @@ from tsp.config import ModelConfig
 from tsp.decoder import find_decoder, read_by_others
 from tsp.demo import CHECKPOINT as DEMO_CHECKPOINT
 from tsp.errors import ModelError
+from tsp.masking import masked
 from tsp.shards import read_header
 from tsp.surgery import (
     Kind,
@@ -296,4 +297,4 @@ def _count(module: nn.Module) -> int:
 
 def one_line(error: Exception) -> str:
     """What went wrong, for the end of a message."""
-    return " ".join(str(error).split())[:300]
+    return " ".join(masked(str(error)).split())[:300]

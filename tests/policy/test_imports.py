@@ -20,6 +20,7 @@ FLOORS = {
         "tsp.errors",
         "tsp.yaml12",
         "tsp.config",
+        "tsp.masking",
         "tsp.paths",
         "tsp.records",
         "tsp.progress",
