@@ -31,7 +31,7 @@ os.environ.update(_SET)
 for _name in _UNSET:
     os.environ.pop(_name, None)
 
-# The same cases each time, whatever the machine does meanwhile, and nothing left in the folder.
+# The same cases each time, whatever the machine does meanwhile, and no database of failures.
 hypothesis.settings.register_profile("tsp", database=None, deadline=None, derandomize=True)
 hypothesis.settings.load_profile("tsp")
 

@@ -147,7 +147,9 @@ def _log_model(
     from mlflow.utils.uri import is_local_uri
 
     experiment_id = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment_id, name=name, source_run_id=run_id, model_type="causal-lm")
+    # A registered model may have a dot in its name, a logged one may not.
+    logged_name = re.sub(r"[^\w+ -]", "_", name)
+    logged = client.create_logged_model(experiment_id, name=logged_name, source_run_id=run_id, model_type="causal-lm")
     try:
         location = logged.artifact_location
         if is_local_uri(location):
