@@ -45,6 +45,7 @@ def load(source: Source, dtype: torch.dtype, loading: AbstractContextManager[Non
         ModelError: tensors are missing or of another shape than the config says.
     """
     import transformers
+    from safetensors import SafetensorError
 
     config = copy.deepcopy(source.config)
     # Dropout is off in every phase: we measure and move what the model knows, on few tokens.
@@ -61,7 +62,7 @@ def load(source: Source, dtype: torch.dtype, loading: AbstractContextManager[Non
                 trust_remote_code=source.trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source.name} cannot be loaded: {one_line(error)}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         faults = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))

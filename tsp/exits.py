@@ -64,7 +64,9 @@ def _end(message: str, code: int, debug: bool, picture: str = "") -> None:
         print(masked(traceback.format_exc()), end="", file=sys.stderr)
     if picture:
         print(masked(picture), file=sys.stderr)
-    print(f"error: {masked(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    # A name out of a file may hold what a terminal obeys.
+    line = "".join(sign if sign.isprintable() else " " for sign in masked(message))
+    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         # In the middle of a step the other ranks' collectives would keep the interpreter from ending.
