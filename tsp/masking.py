@@ -51,11 +51,6 @@ def masked_tree(value: Any) -> Any:
     return [masked_tree(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def without_credentials(uri: str) -> str:
-    """A URI to be followed by whoever has credentials of his own: `user:secret@` is left out, not masked."""
-    return masked(_USERINFO.sub("", uri))
-
-
 class MaskedFormatter(logging.Formatter):
     """Of a handler whose lines are kept: message and traceback are masked."""
 

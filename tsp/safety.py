@@ -13,20 +13,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tsp.errors import ModelError
 from tsp.shards import read_header
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 _MAX_JSON_BYTES = 100 * 2**20
 _MAX_COUNT = 100_000
 """Of experts and labels: transformers makes lists of them."""
+# Ends of names; `.model`, `.tiktoken` and `.bpe` are of tokenizers.
+_KNOWN = (".safetensors", ".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".bpe")
 # The file that transformers looks for first, of the kind that it prefers and of the other.
 _WHOLE = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
-_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_FLOATS = {"torch.float64": "F64", "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,27 @@ def weight_files(folder: Path) -> list[Path]:
     raise ModelError(f"model folder {folder} has no weights (*.safetensors)")
 
 
-def check_tensors(skeleton: Any, contents: Contents, dtype: torch.dtype | None) -> None:
+def known_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that are handed on and registered: of kinds that hold data or text, never a pickle.
+
+    Python code is among them only where the model's or the tokenizer's config names it: such a model has been opened
+    with leave to run it, and is no model without it.
+
+    Raises:
+        ModelError: a file is called safetensors and is something else.
+    """
+    configs = (folder / "config.json", folder / "tokenizer_config.json")
+    code = (".py",) if any("auto_map" in _read_object(path) for path in configs if path.is_file()) else ()
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and (path.name.endswith((*_KNOWN, *code)) or path.name in ("LICENSE", "NOTICE"))
+        and not _is_pickled(path)
+    )
+
+
+def check_tensors(skeleton: Any, contents: Contents, dtype: "torch.dtype | None") -> None:
     """The weights on disk are of the shapes and dtypes that the config asks for.
 
     A name that the model does not know is let pass: loading decides what becomes of it. So is what a quantized model
@@ -97,7 +120,7 @@ def check_tensors(skeleton: Any, contents: Contents, dtype: torch.dtype | None) 
     quantized = bool({"quantization_config", "compression_config"} & contents.config.keys())
     expected = _expected(skeleton, contents.tensors)
     floats = Counter(entry["dtype"] for entry in contents.tensors.values() if entry["dtype"] in _FLOATS.values())
-    allowed = {"F32", _FLOATS.get(dtype or torch.float32, "F32"), *(kind for kind, _ in floats.most_common(1))}
+    allowed = {"F32", _FLOATS.get(str(dtype), "F32"), *(kind for kind, _ in floats.most_common(1))}
     for name, entry in contents.tensors.items():
         tensor = expected.get(name)
         if tensor is None or (quantized and entry["dtype"] not in _FLOATS.values()):
@@ -108,6 +131,15 @@ def check_tensors(skeleton: Any, contents: Contents, dtype: torch.dtype | None) 
             )
         if tensor.is_floating_point() and entry["dtype"] not in allowed and not quantized:
             raise ModelError(f"tensor {name} must be of dtype {' or '.join(sorted(allowed))}, got {entry['dtype']}")
+
+
+def _is_pickled(path: Path) -> bool:
+    """Whether a file is a pickle under another name, or an archive, which may hold some."""
+    if path.suffix == ".safetensors":
+        _tensors_of(path)
+        return False
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"\x80", b"PK\x03\x04", b"\x1f\x8b"))
 
 
 def _check_links(folder: Path) -> None:
@@ -209,11 +241,11 @@ def _check_counts(config: Mapping[str, Any], num_tensors: int) -> None:
                 raise ModelError(f"config.json: {key} must be at most {most} with {num_tensors} tensors, got {value:g}")
 
 
-def _expected(skeleton: Any, stored: Mapping[str, Any]) -> dict[str, Tensor]:
+def _expected(skeleton: Any, stored: Mapping[str, Any]) -> "dict[str, Tensor]":
     """The model's tensors by the names that they have on disk."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    tensors: dict[str, Tensor] = dict(skeleton.state_dict(keep_vars=True))
+    tensors = dict(skeleton.state_dict(keep_vars=True))
     if not stored.keys() <= tensors.keys():
         # Some families are held otherwise in memory, experts in one tensor say; some files leave the base's name out.
         tensors = revert_weight_conversion(skeleton, tensors)

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsp.errors import TrackingError
-from tsp.masking import masked, without_credentials
+from tsp.masking import masked
 from tsp.tracking.null import NullTracker, Status
 from tsp.tracking.spool import Spool, now_ms
-from tsp.tracking.store import ensure_experiment, open_store, resolve_uri, spool_folder
+from tsp.tracking.store import _without_password, ensure_experiment, open_store, resolve_uri, spool_folder
 from tsp.tracking.system_metrics import SystemMetrics
 from tsp.tracking.watcher import Watcher
 
@@ -177,7 +177,7 @@ class Tracker:
 
 def links_of(uri: str, experiment_id: str, run_id: str, base_url: str | None = None) -> dict[str, str]:
     """The addresses that `Tracker.links` gives, of any run of a store."""
-    base = without_credentials(base_url or (uri if uri.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
+    base = (base_url or (_without_password(uri) if uri.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
     experiment = f"{base}/#/experiments/{experiment_id}/runs"
     view = "?workflowType=machine_learning"
     return {

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from tsp.errors import TrackingError
-from tsp.masking import masked, without_credentials
 from tsp.tracking.note import NOTE_TAG, note_for
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ def _probe_server(uri: str) -> None:
         try:
             MlflowClient(uri).search_experiments(max_results=1)
         except Exception as error:
-            reason = masked(str(error)).splitlines()[0]
+            reason = str(error).splitlines()[0]
             raise TrackingError(
                 f"the tracking server {_without_password(uri)} does not answer ({reason[:300]}); start it, "
                 "correct MLFLOW_TRACKING_URI, or unset it to use the embedded store"
@@ -186,7 +185,8 @@ def _probe_server(uri: str) -> None:
 
 def _without_password(uri: str) -> str:
     """The URI as it may be shown: `user:secret@` is left out."""
-    return without_credentials(uri)
+    parts = urllib.parse.urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _open_sqlite(uri: str, path: Path) -> None:

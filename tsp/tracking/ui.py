@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsp.errors import TrackingError
-from tsp.masking import without_credentials
 from tsp.tracking.store import _probe_server, _read_revision, open_store, resolve_uri, sqlite_path
 
 VIEW = "?workflowType=machine_learning"
@@ -198,4 +197,5 @@ def _print_links(base_url: str, uri: str) -> None:
 
 def _shown(uri: str) -> str:
     """The URI without `user:password@`."""
-    return without_credentials(uri)
+    scheme, separator, rest = uri.partition("://")
+    return scheme + separator + rest.rpartition("@")[2]
