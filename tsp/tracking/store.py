@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from tsp.errors import TrackingError
+from tsp.masking import masked
 from tsp.tracking.note import NOTE_TAG, note_for
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def _probe_server(uri: str) -> None:
         try:
             MlflowClient(uri).search_experiments(max_results=1)
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = masked(str(error)).splitlines()[0]
             raise TrackingError(
                 f"the tracking server {_without_password(uri)} does not answer ({reason[:300]}); start it, "
                 "correct MLFLOW_TRACKING_URI, or unset it to use the embedded store"
