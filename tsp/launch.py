@@ -35,7 +35,7 @@ def launch_command(context: click.Context, launched: click.Command, script: str)
         script: file name of the launcher.
     """
     # Below this level deepspeed says the whole command line, up to three times, with all that stands in it.
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--log_level=critical"]
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "critical"]
     for name, flag in _PASSED_ON.items():
         if context.params[name] is not None:
             command += [f"--{flag}", str(context.params[name])]

@@ -238,8 +238,8 @@ def test_prune_hands_a_sweep_on(started):
     words = ["--method", "tsp,sleb", "--ratio", "0.125,0.25", "--seed", "0,1", "--set", "transfer=[none, finetune]"]
     CliRunner().invoke(main, ["prune", *words])
     (command,) = started
-    assert sorted(command[2:]) == sorted(words)
-    assert len(configs_from_options(options_of(*command[2:]))) == 16
+    assert sorted(command[4:]) == sorted(words)
+    assert len(configs_from_options(options_of(*command[4:]))) == 16
 
 
 def test_prune_starts_the_launcher_with_the_same_options(started):
@@ -249,11 +249,13 @@ def test_prune_starts_the_launcher_with_the_same_options(started):
     done = CliRunner().invoke(main, ["prune", *words])
     assert done.exit_code == 7
     (command,) = started
-    assert command[:2] == [
+    assert command[:4] == [
         str(Path(sys.executable).with_name("deepspeed")),
+        "--log_level",
+        "critical",
         str(REPOSITORY / "launchers" / "prune.py"),
     ]
-    handed, given = options_of(*command[2:]), options_of(*words)
+    handed, given = options_of(*command[4:]), options_of(*words)
     assert handed == given
     assert config_from_options(handed) == config_from_options(given)
 
@@ -265,6 +267,7 @@ def test_prune_passes_the_launchers_own_options_on(started):
     script = command.index(str(REPOSITORY / "launchers" / "prune.py"))
     before = dict(zip(command[1:script:2], command[2:script:2], strict=True))
     assert before == {
+        "--log_level": "critical",
         "--num_accelerators": "2",
         "--hostfile": "hosts",
         "--include": "a:0,1",
@@ -288,7 +291,7 @@ def test_a_zero_wins_over_the_file(tmp_path):
 def test_a_zero_is_handed_on(started):
     CliRunner().invoke(main, ["prune", "--seed", "0"])
     (command,) = started
-    assert command[2:] == ["--seed", "0"]
+    assert command[4:] == ["--seed", "0"]
 
 
 def test_prune_starts_nothing_on_wrong_input(started):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tsp.config import ModelConfig
 from tsp.errors import ModelError, TrackingError
+from tsp.masking import masked
 from tsp.safety import known_files
 from tsp.tracking.store import http_limits, mlruns_folder, open_store, resolve_uri
 
@@ -259,8 +260,8 @@ def _create_version(
         name,
         source=logged.model_uri,
         run_id=logged.source_run_id,
-        tags={key: str(value) for key, value in tags.items()},
-        description=description,
+        tags={key: masked(str(value)) for key, value in tags.items()},
+        description=masked(description),
         model_id=logged.model_id,
     )
 
