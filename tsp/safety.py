@@ -89,7 +89,7 @@ def known_files(folder: Path) -> list[Path]:
     with leave to run it, and is no model without it.
 
     Raises:
-        ModelError: a file is called safetensors and is something else.
+        ModelError: a file is called safetensors and looks like a pickle.
     """
     configs = (folder / "config.json", folder / "tokenizer_config.json")
     code = (".py",) if any("auto_map" in _read_object(path) for path in configs if path.is_file()) else ()
@@ -135,11 +135,14 @@ def check_tensors(skeleton: Any, contents: Contents, dtype: "torch.dtype | None"
 
 def _is_pickled(path: Path) -> bool:
     """Whether a file is a pickle under another name, or an archive, which may hold some."""
+    with path.open("rb") as file:
+        if not file.read(4).startswith((b"\x80", b"PK\x03\x04", b"\x1f\x8b")):
+            return False
     if path.suffix == ".safetensors":
+        # Which begins with the length of its header, and so with any bytes.
         _tensors_of(path)
         return False
-    with path.open("rb") as file:
-        return file.read(4).startswith((b"\x80", b"PK\x03\x04", b"\x1f\x8b"))
+    return True
 
 
 def _check_links(folder: Path) -> None:
