@@ -5,6 +5,7 @@ The variables are set before anything is imported, because transformers, dataset
 
 import os
 
+import hypothesis
 import pytest
 
 _SET = {
@@ -29,6 +30,10 @@ _UNSET = (
 os.environ.update(_SET)
 for _name in _UNSET:
     os.environ.pop(_name, None)
+
+# The same cases each time, whatever the machine does meanwhile, and no database of failures.
+hypothesis.settings.register_profile("tsp", database=None, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tsp")
 
 
 @pytest.fixture(autouse=True)

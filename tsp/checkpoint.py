@@ -20,6 +20,7 @@ from tsp.decoder import Decoder
 from tsp.errors import ConfigError, ModelError
 from tsp.fresh import run_fresh
 from tsp.progress import phase
+from tsp.safety import known_files
 from tsp.source import Source, one_line
 from tsp.surgery import kept_layers, mended_config, renamed
 
@@ -28,7 +29,7 @@ Gather = Callable[..., AbstractContextManager[None]]
 
 _MAX_SHARD_BYTES = 2 * 2**30
 # Ends of the names of files that hold weights, or say where they are.
-_WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+_WEIGHTS = (".safetensors", ".index.json")
 # Largest difference of a logit, reloaded against in memory, that is rounding; other kernels may add in another order.
 _LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
@@ -45,6 +46,7 @@ def load(source: Source, dtype: torch.dtype, loading: AbstractContextManager[Non
         ModelError: tensors are missing or of another shape than the config says.
     """
     import transformers
+    from safetensors import SafetensorError
 
     config = copy.deepcopy(source.config)
     # Dropout is off in every phase: we measure and move what the model knows, on few tokens.
@@ -61,7 +63,7 @@ def load(source: Source, dtype: torch.dtype, loading: AbstractContextManager[Non
                 trust_remote_code=source.trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"model {source.name} cannot be loaded: {one_line(error)}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         faults = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -124,8 +126,8 @@ def save_without(
 
 def copy_companions(dense: Path, folder: Path) -> None:
     """Copy what lies beside the weights: tokenizer, generation config, Python code; no config, no model card."""
-    for path in dense.iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in ("config.json", "README.md"):
+    for path in known_files(dense):
+        if not path.name.endswith(_WEIGHTS) and path.name not in ("config.json", "README.md"):
             shutil.copy(path, folder)
 
 

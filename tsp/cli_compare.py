@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from tsp.exits import exit_codes, stdout_kept_clean
+from tsp.masking import masked
 from tsp.options import Command
 
 
@@ -35,7 +36,7 @@ def compare(
 
         comparison = make_comparison(finished_jobs(Path.cwd(), experiment), by.split(","))
         if report is not None:
-            command = shlex.join(["tsp", *sys.argv[1:]])
+            command = masked(shlex.join(["tsp", *sys.argv[1:]]))
             write_report(comparison, report, price_per_hour=price_per_hour, command=command)
         if as_json:
             print(json.dumps(as_document(comparison)), file=stdout)

@@ -12,8 +12,9 @@ from tsp.checkpoint import copy_companions, require_new, shard_name, whole_or_no
 from tsp.config import ModelConfig
 from tsp.errors import ConfigError, ModelError
 from tsp.progress import phase
+from tsp.safety import weight_files
 from tsp.shards import copy_tensors, read_header
-from tsp.source import Source, check_drop, load_tokenizer, open_source, weight_files
+from tsp.source import Source, check_drop, load_tokenizer, open_source
 from tsp.surgery import kept_layers, mended_config, renamed
 from tsp.tracking.registry import located
 

@@ -1,12 +1,20 @@
 """The errors a user may see. Anything else that is raised is our own mistake and keeps its traceback."""
 
+from tsp.masking import masked
+
 
 class TspError(Exception):
-    """Base of all errors with a message for the user: what is wrong, what was got, what is allowed, what to do."""
+    """Base of all errors with a message for the user: what is wrong, what was got, what is allowed, what to do.
+
+    Credentials in it are masked: it is printed, logged, and kept as the tag of a failed run.
+    """
 
     exit_code = 1
     picture = ""
     """Lines that point at the place, printed above the message."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(masked(message))
 
 
 class ConfigError(TspError):

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TextIO
 
 from tsp.errors import TspError
+from tsp.masking import mask_logs, masked
 
 # The launcher kills all ranks when one ends with an error. Rank 0 is to have the word before that.
 _SILENCE_S = 30.0
@@ -23,7 +24,8 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def exit_codes(*, debug: bool = False) -> Iterator[None]:
-    """Turn errors and signals of a block into exit codes; only rank 0 prints."""
+    """Turn errors and signals of a block into exit codes; only rank 0 prints. No log of the process has credentials."""
+    mask_logs()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
@@ -31,9 +33,9 @@ def exit_codes(*, debug: bool = False) -> Iterator[None]:
         code = 143 if isinstance(interrupt, Terminated) else 130
         _end("interrupted", code, debug=False)
     except TspError as error:
-        _end(" ".join(str(error).split()), error.exit_code, debug, error.picture)
+        _end(str(error), error.exit_code, debug, error.picture)
     except Exception as error:  # the last line of defence: every failure ends in one line and a code
-        _end(f"{type(error).__name__}: {' '.join(str(error).split())}"[:400], 1, debug=True)
+        _end(masked(f"{type(error).__name__}: {error}")[:400], 1, debug=True)
 
 
 def run_passing_signals(command: Sequence[str], *, stdout: TextIO | None = None) -> int:
@@ -59,10 +61,12 @@ def _end(message: str, code: int, debug: bool, picture: str = "") -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_SILENCE_S)
     if debug:
-        traceback.print_exc()
+        print(masked(traceback.format_exc()), end="", file=sys.stderr)
     if picture:
-        print(picture, file=sys.stderr)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+        print(masked(picture), file=sys.stderr)
+    # A name out of a file may hold what a terminal obeys.
+    line = "".join(sign if sign.isprintable() else " " for sign in masked(message))
+    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         # In the middle of a step the other ranks' collectives would keep the interpreter from ending.

@@ -21,6 +21,7 @@ from tsp.data import Corpora, Corpus, load_corpora
 from tsp.evaluation.generation_speed import check_fits
 from tsp.evaluation.zero_shot import Tasks, open_tasks
 from tsp.machine import weights_dtype
+from tsp.masking import masked
 from tsp.methods import TRANSFERS
 from tsp.plan import Plan, make_plan
 from tsp.quantize import check_quantizable
@@ -138,7 +139,7 @@ class Preparation:
             tasks=tasks,
             plan=plan,
             output=output,
-            command=" ".join(sys.argv),
+            command=masked(" ".join(sys.argv)),
             varied=varied or {},
             trace_to=plan.num_drop or 0,
         )

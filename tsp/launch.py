@@ -34,7 +34,8 @@ def launch_command(context: click.Context, launched: click.Command, script: str)
         launched: the command that the script runs; it takes those of the options that are not deepspeed's.
         script: file name of the launcher.
     """
-    command = [str(Path(sys.executable).with_name("deepspeed"))]
+    # Below this level deepspeed says the whole command line, up to three times, with all that stands in it.
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "critical"]
     for name, flag in _PASSED_ON.items():
         if context.params[name] is not None:
             command += [f"--{flag}", str(context.params[name])]

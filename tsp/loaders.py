@@ -8,12 +8,12 @@ without a place is found before a server meets it.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from tsp.drop import layer_numbers, tensor_names
 from tsp.errors import ConfigError
-from tsp.source import Source, weight_files
+from tsp.safety import weight_files
+from tsp.source import Source
 
 # Where loaders look for the number of layers, in the order of llama.cpp's converter.
 _COUNTS = ("n_layers", "num_hidden_layers", "n_layer", "num_layers")
@@ -61,18 +61,6 @@ def _vllm(source: Source) -> Iterator[str]:
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     if len(config.get("architectures") or []) != 1:
         yield f"config.json must name one architecture, got {config.get('architectures')}"
-    yield from _index_faults(source.folder)
-
-
-def _index_faults(folder: Path) -> Iterator[str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    listed: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    there = {name: path.name for path in weight_files(folder) for name in tensor_names(path)}
-    wrong = sorted(name for name in {*listed, *there} if listed.get(name) != there.get(name))
-    if wrong:
-        yield f"the index and the files differ in {len(wrong)} tensors, first {wrong[0]}"
 
 
 def places_in_gguf(architecture: Any, num_layers: int) -> Any:

@@ -201,6 +201,7 @@ def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
     """The whole config from what was stated of it; a sweep registers nothing unless it is asked to."""
     from tsp.config import load_config
     from tsp.methods import refuse_nonsense
+    from tsp.policy import check_model_name
     from tsp.settings import TUNING_BLOCKS
     from tsp.yaml12 import read_yaml
 
@@ -214,6 +215,8 @@ def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
     if known.prune.max_ppl_ratio is not None:
         weakest["data"] = {"tuning_blocks": TUNING_BLOCKS}
     config = load_config([weakest, *layers])
+    if config.tracking.register_as is not None:
+        check_model_name(config.tracking.register_as)
     refuse_nonsense(config)
     return config
 

@@ -14,6 +14,7 @@ from tsp.errors import ModelError
 from tsp.evaluation.generation_speed import measure_folder
 from tsp.evaluation.summary import metrics, summarise
 from tsp.machine import weights_dtype
+from tsp.policy import default_model_name
 from tsp.quantize import Quantized, plain_speeds
 from tsp.records import DropReport, Evaluation, Scores, Selection, write_json
 from tsp.sizes import cache_bytes_per_token, size_gib
@@ -227,7 +228,7 @@ def _log_figures(tracker: Tracker, outcome: Outcome, output: Path, name: str) ->
 
 def _register(job: "Job", tracker: Tracker, checkpoint: Path, result: dict[str, Any]) -> dict[str, Any]:
     config, source = job.config, job.source
-    name = config.tracking.register_as or f"{Path(source.name).name}-pruned"
+    name = config.tracking.register_as or default_model_name(source.name)
     ppl = "; ".join(
         f"{corpus} {values['dense']:.2f} -> {values['pruned']:.2f} (bare drop {values['bare_drop']:.2f})"
         for corpus, values in result["perplexity"].items()

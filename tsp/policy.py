@@ -164,6 +164,21 @@ def check_alias(alias: str) -> None:
         )
 
 
+def check_model_name(name: str) -> None:
+    """Raise ConfigError for what MLflow or `models:/NAME@ALIAS` does not take as a model, or what a promotion needs."""
+    # As long as the registry's column, with room for `.lock` and `/promotions`.
+    if not re.fullmatch(r"\w(?:[\w.+ -]{0,238}[\w.+-])?", name) or name.endswith(".lock"):
+        raise ConfigError(
+            "the name of a registered model must be at most 240 letters, digits, spaces and . _ + -, begin with a "
+            f"letter or a digit, and not end in a space or .lock; got {name!r}"
+        )
+
+
+def default_model_name(base_model: str) -> str:
+    """What the pruned version of a model is called where nobody says, `org/name` -> `name-pruned`."""
+    return f"{re.sub('[^A-Za-z0-9._+-]+', '-', Path(base_model).name).lstrip('.+-')[:200] or 'model'}-pruned"
+
+
 def judge(
     requirements: Sequence[Requirement],
     measured: Mapping[str, Value],

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tsp.masking import masked_tree
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -100,9 +102,9 @@ class Evaluation:
 
 
 def write_json(record: Any, path: Path) -> None:
-    """Write a record or a dict as JSON; the file appears whole or not at all."""
+    """Write a record or a dict as JSON, credentials masked; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = record if isinstance(record, dict | list) else asdict(record)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(masked_tree(content), indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -10,6 +10,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from tsp.masking import masked, masked_tree
+
 if TYPE_CHECKING:
     from tsp.job import Job
     from tsp.sweep import Child
@@ -21,7 +23,7 @@ def print_plan(*jobs: "Job", space: dict[str, str] | None = None, stdout: TextIO
     content = documents[0] if not jobs[0].varied else {"num_jobs": len(jobs), "jobs": documents}
     if space is not None:
         content = {"space": space, **content}
-    yaml.safe_dump(content, stdout or sys.stdout, sort_keys=False)
+    yaml.safe_dump(masked_tree(content), stdout or sys.stdout, sort_keys=False)
 
 
 def _plan(job: "Job") -> dict[str, Any]:
@@ -93,7 +95,7 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
         name, version = result["registered"]["name"], result["registered"]["version"]
         steps |= {
             "registered": f"models:/{name}/{version}",
-            "in Python": f"import mlflow; mlflow.set_tracking_uri({store_uri!r})",
+            "in Python": f"import mlflow; mlflow.set_tracking_uri({masked(store_uri)!r})",
             "load": f"mlflow.transformers.load_model('models:/{name}/{version}')",
             "promote": f"tsp promote {shlex.quote(name)} {version} --require 'ppl_ratio<=1.10'",
         }

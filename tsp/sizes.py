@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tsp.source import Source, build_skeleton, weight_files
+from tsp.safety import weight_files
+from tsp.source import Source, build_skeleton
 from tsp.surgery import kept_layers, mended_config
 
 _LENGTHS = (8, 16)

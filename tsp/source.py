@@ -1,8 +1,6 @@
 """Find a model and check it before its weights are read: files, structure, tokenizer."""
 
 import copy
-import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,8 @@ from tsp.decoder import find_decoder, read_by_others
 from tsp.demo import CHECKPOINT as DEMO_CHECKPOINT
 from tsp.demo import NAME as DEMO_NAME
 from tsp.errors import ModelError
-from tsp.shards import read_header
+from tsp.masking import masked
+from tsp.safety import check_folder, check_tensors
 from tsp.surgery import (
     Kind,
     check_kinds,
@@ -27,6 +26,9 @@ from tsp.surgery import (
     mended_config,
     other_shapes,
 )
+
+# What transformers raises over a config that makes no sense.
+_UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +91,8 @@ def open_source(config: ModelConfig) -> Source:
 
     name = config.path or DEMO_NAME
     folder, revision = _folder(config)
-    _check_files(folder)
-    if not config.trust_remote_code and "auto_map" in json.loads((folder / "config.json").read_text()):
+    contents = check_folder(folder)
+    if not config.trust_remote_code and "auto_map" in contents.config:
         raise ModelError(
             f"model {name} brings its own Python code, which would run on this machine; "
             "read it, then allow it with --trust-remote-code"
@@ -102,9 +104,10 @@ def open_source(config: ModelConfig) -> Source:
             skeleton = build_skeleton(model_config, trust=config.trust_remote_code)
             _check_one_way(skeleton)
             decoder = find_decoder(skeleton)
+            check_tensors(skeleton, contents, getattr(model_config, "dtype", None))
             needed = read_by_others(decoder)
             runs_cached = _cache_fault(skeleton) is None
-    except (StrictDataclassError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (StrictDataclassError, ArithmeticError, AssertionError, ImportError, *_UNUSABLE) as error:
         raise ModelError(f"model {name} is no causal language model: {one_line(error)}") from None
     dtype = getattr(model_config, "dtype", None) or torch.float32
     return Source(
@@ -147,7 +150,7 @@ def check_drop(source: Source, dropped: Sequence[int]) -> None:
         with FakeTensorMode():
             smaller = build_skeleton(mended_config(source.config, kept), trust=source.trust_remote_code)
             fault = _cache_fault(smaller) if source.runs_cached else None
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+    except _UNUSABLE as error:
         raise ModelError(f"model {source.name} cannot lose layers {_listed(dropped)}: {one_line(error)}") from None
     layers = smaller.get_submodule(source.stack)
     check_kinds(source.kinds, layer_kinds(layers.children()), kept)
@@ -166,7 +169,7 @@ def load_tokenizer(source: Source) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001  The library tokenizers raises no heir of it.
         raise ModelError(f"model {source.name} has no usable tokenizer: {one_line(error)}") from None
 
 
@@ -191,44 +194,6 @@ def _folder(config: ModelConfig) -> tuple[Path, str | None]:
             f"model {config.path} is no folder here, and not to be had from the hub: {one_line(error)}"
         ) from None
     return Path(snapshot), Path(snapshot).name
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold its weights, those that its index names, in order; safetensors before `.bin`.
-
-    Raises:
-        ModelError: there are none.
-        ValueError, KeyError, AttributeError, TypeError: the index is damaged.
-    """
-    for kind in ("safetensors", "bin"):
-        indexes = sorted(folder.glob(f"*.{kind}.index.json"))
-        listed = {folder / name for index in indexes for name in json.loads(index.read_text())["weight_map"].values()}
-        found = listed or set(folder.glob(f"*.{kind}"))
-        if found:
-            return sorted(found)
-    raise ModelError(f"model folder {folder} has no weights (*.safetensors)")
-
-
-def _check_files(folder: Path) -> None:
-    """Headers and sizes of all weight files; cheap, and finds truncated and missing shards before anything starts."""
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model folder {folder} has no config.json")
-    try:
-        if not isinstance(json.loads((folder / "config.json").read_text(encoding="utf-8")), dict):
-            raise ValueError("config.json must be an object")
-        weight_files(folder)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"model folder {folder}: config.json or the weights' index is damaged: {one_line(error)}"
-        ) from None
-    for shard in weight_files(folder):
-        try:
-            if shard.suffix == ".safetensors":
-                read_header(shard)
-            elif not zipfile.is_zipfile(shard):
-                raise ValueError("no archive of tensors")
-        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-            raise ModelError(f"weight file {shard} is missing or damaged: {one_line(error)}") from None
 
 
 def _check_causal(config: Any) -> None:
@@ -297,4 +262,4 @@ def _count(module: nn.Module) -> int:
 
 def one_line(error: Exception) -> str:
     """What went wrong, for the end of a message."""
-    return " ".join(str(error).split())[:300]
+    return " ".join(masked(str(error)).split())[:300]

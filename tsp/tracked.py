@@ -14,6 +14,7 @@ from tsp import __version__
 from tsp.config import flatten
 from tsp.engine import Engine
 from tsp.job import Job
+from tsp.masking import masked_tree
 from tsp.tracking.null import NullTracker
 from tsp.tracking.results import KIND_TAG
 from tsp.tracking.run import Tracker, start_run
@@ -56,7 +57,7 @@ def open_run(
 ) -> Tracker:
     """Start the run, below its sweep's if it has a parent, and log everything that is known before the first step."""
     config, source = job.config, job.source
-    resolved = config.model_dump(mode="json")
+    resolved = masked_tree(config.model_dump(mode="json"))
     resolved_yaml = yaml.safe_dump(resolved, sort_keys=False)
     versions = {package: importlib.metadata.version(package) for package in _VERSIONED}
     asked = (job.plan.bound or f"{job.plan.num_drop}of{job.plan.num_layers}").removeprefix("prune.").replace(" ", "-")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tsp.config import flatten
+from tsp.masking import masked, masked_tree
 from tsp.records import write_json
 from tsp.space import with_settings
 from tsp.study import Trial
@@ -59,7 +60,9 @@ def write_tuned(search: "Search", best: Trial, trials: Sequence[Trial]) -> None:
     content = search.differing(with_settings(search.job.config, best.settings))
     temporary = search.best.with_name(search.best.name + ".tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text("\n".join(lines) + "\n" + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    temporary.write_text(
+        "\n".join(lines) + "\n" + yaml.safe_dump(masked_tree(content), sort_keys=False), encoding="utf-8"
+    )
     os.replace(temporary, search.best)
 
 
@@ -110,4 +113,4 @@ def _command() -> str:
     if "--document" in words:
         place = words.index("--document")
         del words[place : place + 2]
-    return shlex.join(["tsp", "tune", *words])
+    return masked(shlex.join(["tsp", "tune", *words]))

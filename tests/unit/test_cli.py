@@ -122,6 +122,9 @@ def test_prune_and_its_launcher_take_the_same_options():
         (["--min-speedup", "2", "--set", "eval.speed_runs=0"], "measured in eval.speed_runs passes, got 0"),
         (["--drop", "3,x"], "--drop must be layer numbers joined by commas, like 3,7,9, got '3,x'"),
         (["--register", "a", "--no-register"], "give one of --register and --no-register"),
+        (["--register", "models:/a"], "not end in a space or .lock; got 'models:/a'"),
+        (["--register", ""], "not end in a space or .lock; got ''"),
+        (["--set", "tracking.register_as=demo.lock"], "not end in a space or .lock; got 'demo.lock'"),
         (["--set", "stage1.step=3"], "unknown key stage1.step, did you mean steps?"),
         (["--set", "stage1.steps"], "--set must be KEY=VALUE"),
         (["--config", "none.yaml"], "--config none.yaml: No such file"),
@@ -235,8 +238,8 @@ def test_prune_hands_a_sweep_on(started):
     words = ["--method", "tsp,sleb", "--ratio", "0.125,0.25", "--seed", "0,1", "--set", "transfer=[none, finetune]"]
     CliRunner().invoke(main, ["prune", *words])
     (command,) = started
-    assert sorted(command[2:]) == sorted(words)
-    assert len(configs_from_options(options_of(*command[2:]))) == 16
+    assert sorted(command[4:]) == sorted(words)
+    assert len(configs_from_options(options_of(*command[4:]))) == 16
 
 
 def test_prune_starts_the_launcher_with_the_same_options(started):
@@ -246,11 +249,13 @@ def test_prune_starts_the_launcher_with_the_same_options(started):
     done = CliRunner().invoke(main, ["prune", *words])
     assert done.exit_code == 7
     (command,) = started
-    assert command[:2] == [
+    assert command[:4] == [
         str(Path(sys.executable).with_name("deepspeed")),
+        "--log_level",
+        "critical",
         str(REPOSITORY / "launchers" / "prune.py"),
     ]
-    handed, given = options_of(*command[2:]), options_of(*words)
+    handed, given = options_of(*command[4:]), options_of(*words)
     assert handed == given
     assert config_from_options(handed) == config_from_options(given)
 
@@ -262,6 +267,7 @@ def test_prune_passes_the_launchers_own_options_on(started):
     script = command.index(str(REPOSITORY / "launchers" / "prune.py"))
     before = dict(zip(command[1:script:2], command[2:script:2], strict=True))
     assert before == {
+        "--log_level": "critical",
         "--num_accelerators": "2",
         "--hostfile": "hosts",
         "--include": "a:0,1",
@@ -285,7 +291,7 @@ def test_a_zero_wins_over_the_file(tmp_path):
 def test_a_zero_is_handed_on(started):
     CliRunner().invoke(main, ["prune", "--seed", "0"])
     (command,) = started
-    assert command[2:] == ["--seed", "0"]
+    assert command[4:] == ["--seed", "0"]
 
 
 def test_prune_starts_nothing_on_wrong_input(started):

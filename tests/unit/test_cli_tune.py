@@ -47,9 +47,9 @@ def test_the_launcher_is_started_with_the_same_options(started):
     done = CliRunner().invoke(main, ["tune", "--nproc", "2", *words, "--seed", "3", "--json"])
     assert (done.exit_code, done.stdout) == (7, "")
     [command] = started
-    assert command[1:4] == ["--num_accelerators", "2", str(REPOSITORY / "launchers" / "tune.py")]
+    assert command[3:6] == ["--num_accelerators", "2", str(REPOSITORY / "launchers" / "tune.py")]
     assert command[-2] == "--document"
-    handed, given = options_of(*command[4:-2]), options_of(*words, "--seed", "3", "--json")
+    handed, given = options_of(*command[6:-2]), options_of(*words, "--seed", "3", "--json")
     assert handed == given
 
 

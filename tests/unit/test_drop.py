@@ -80,7 +80,7 @@ def test_pickled_weights_are_read_by_the_safe_loader(dense, tmp_path):
     drop_layers(source_of(dense), DROPPED, tmp_path / "out")
     expected = logits(without_layers(tiny_model(), DROPPED, "model.layers"), tokens())
     assert torch.equal(logits(reloaded(tmp_path / "out"), tokens()), expected)
-    torch.save({"evil": Evil()}, dense / "pytorch_model.bin")
+    torch.save(weights | {"evil": Evil()}, dense / "pytorch_model.bin")
     with pytest.raises(ModelError, match="cannot be read safely"):
         drop_layers(source_of(dense), DROPPED, tmp_path / "out2")
     assert not (tmp_path / "ran").exists()

@@ -46,9 +46,10 @@ def test_a_gap_in_the_numbers(pruned):
         names = {name: name.replace("layers.2.", "layers.4.") for name in read_header(path).tensors}
         copy_tensors(path, path.with_suffix(".new"), names)
         path.with_suffix(".new").rename(path)
+    index = pruned / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("layers.2.", "layers.4."))
     found = faults(pruned)
     assert "the layers' numbers have gaps: [0, 1, 4]" in found
-    assert any("the index and the files differ" in fault for fault in found)
     assert any("lacks" in fault and "layers.4." in fault for fault in faults(pruned, "gguf"))
 
 

@@ -1,11 +1,23 @@
 """Requirements: how they are read, where a wrong one is pointed at, and when a value keeps them."""
 
 import math
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tsp.errors import ConfigError
-from tsp.policy import Requirement, check_alias, judge, read_policy, read_requirement, required_of
+from tsp.policy import (
+    Requirement,
+    check_alias,
+    check_model_name,
+    default_model_name,
+    judge,
+    read_policy,
+    read_requirement,
+    required_of,
+)
 
 
 def hint(name: str) -> str:
@@ -122,3 +134,50 @@ def test_an_alias_that_mlflow_takes(alias):
 def test_an_alias_that_mlflow_does_not_take(alias):
     with pytest.raises(ConfigError, match="an alias must be"):
         check_alias(alias)
+
+
+NAMES = ["demo-pruned", "Qwen2.5-0.5B-pruned", "a", "my model v2", "x" * 240, "modèle", "a+b_c", "lock"]
+NO_NAMES = ["", " ", ".", "..", "../x", "a/b", "a:b", "a@b", "it's", 'a"b', "a%b", "a#b", "-a", "a ", "x" * 241,
+            "a.lock", "a\nb", "a\x00b", "models:/a"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_the_registry_takes(name):
+    check_model_name(name)
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_is_refused_before_anything_runs(name):
+    with pytest.raises(ConfigError, match="the name of a registered model must be"):
+        check_model_name(name)
+
+
+@given(st.one_of(st.from_regex(r"\w[\w.+ -]{0,250}", fullmatch=True), st.text(max_size=40)))
+def test_whatever_is_taken_mlflow_takes_too(name):
+    """mlflow's own validation, of the model, of its lock and of the logged model; and a search for it by name."""
+    from mlflow.utils.search_utils import SearchModelVersionUtils
+    from mlflow.utils.validation import _validate_logged_model_name, _validate_model_name
+
+    try:
+        check_model_name(name)
+    except ConfigError:
+        return
+    for one in (name, f"{name}.lock"):
+        _validate_model_name(one)
+        assert len(one) <= 256
+    _validate_logged_model_name(re.sub(r"[^\w+ -]", "_", name))
+    [found] = SearchModelVersionUtils.parse_search_filter(f"name = '{name}'")
+    assert found["value"] == name
+
+
+@given(st.text(max_size=300))
+def test_the_default_name_is_always_one(base_model):
+    check_model_name(default_model_name(base_model))
+
+
+@pytest.mark.parametrize(
+    ("base_model", "name"),
+    [("org/Name-1.5B", "Name-1.5B-pruned"), ("/a/my model's", "my-model-s-pruned"), ("..", "model-pruned")],
+)
+def test_the_default_name_is_that_of_the_model(base_model, name):
+    assert default_model_name(base_model) == name

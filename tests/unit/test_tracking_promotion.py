@@ -157,3 +157,11 @@ def test_only_one_process_is_inside(client, tmp_path):
     racers = [subprocess.Popen([sys.executable, "-c", RACER], cwd=tmp_path) for _ in range(3)]
     assert [racer.wait(timeout=120) for racer in racers] == [0, 0, 0]
     assert (tmp_path / "race.log").read_text().split() == ["in", "out"] * 15
+
+
+def test_a_decision_has_no_credentials_in_it(client):
+    carry_out(client, decision("1", reason="see https://me:SECRETword@host/ticket"))
+    [made] = decisions(client, "pruned")
+    assert made.reason == "see https://***@host/ticket"
+    written = client.download_artifacts(made.run_id, "decision.json")
+    assert json.loads(Path(written).read_text())["reason"] == made.reason

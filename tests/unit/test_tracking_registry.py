@@ -151,6 +151,13 @@ def test_version_loads_as_pipeline_and_pyfunc(registered, monkeypatch):
         assert torch.equal(pipeline.model(ids).logits, expected)
 
 
+def test_a_model_with_a_dot_in_its_name_is_registered_too(registered):
+    root, checkpoint, wanted = registered
+    name = "demo-0.5B-pruned"
+    assert register_checkpoint(resolve_uri(root), checkpoint, name, **wanted) == (name, "1")
+    assert (checkpoint_path(f"models:/{name}/1", root) / "config.json").is_file()
+
+
 def test_alias_leads_to_the_checkpoint(registered):
     from mlflow import MlflowClient
 

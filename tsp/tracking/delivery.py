@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsp.errors import TrackingError
+from tsp.masking import masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -152,4 +153,4 @@ def _require_active(client: "MlflowClient", run_id: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300]
+    return masked(str(error)).partition("\n")[0][:300]

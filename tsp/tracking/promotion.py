@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from tsp.errors import PromotionError
+from tsp.masking import masked_tree
 from tsp.policy import Verdict
 from tsp.tracking.results import KIND_TAG
 from tsp.tracking.store import ensure_experiment
@@ -170,8 +171,8 @@ def recorded(client: "MlflowClient", decision: Decision) -> Iterator[str]:
     }
     title = f"{decision.alias}: {decision.previous or 'none'} -> {decision.version} {decision.outcome}"
     experiment_id = ensure_experiment(client, experiment_of(decision.model))
-    run_id = client.create_run(experiment_id, run_name=title, tags=tags).info.run_id
-    client.log_dict(run_id, asdict(decision) | {"outcome": decision.outcome}, DECISION_FILE)
+    run_id = client.create_run(experiment_id, run_name=title, tags=masked_tree(tags)).info.run_id
+    client.log_dict(run_id, masked_tree(asdict(decision) | {"outcome": decision.outcome}), DECISION_FILE)
     if decision.verdicts:
         client.log_table(run_id, _columns(decision), "requirements.json")
     for verdict in decision.verdicts:

@@ -4,7 +4,8 @@
     folder = checkpoint_path("models:/demo-pruned/1", Path.cwd())
 
 No weights are loaded, and none are copied where the artifact store is on the same disk: they are hard-linked. The
-version loads as a transformers pipeline and as a pyfunc. Promotion (aliases, gates, history) is not here.
+version loads as a transformers pipeline and as a pyfunc, and holds no pickle: only files of known kinds go in (see
+`safety.known_files`). Promotion (aliases, gates, history) is not here.
 """
 
 import importlib.metadata
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from tsp.config import ModelConfig
 from tsp.errors import ModelError, TrackingError
+from tsp.masking import masked
+from tsp.safety import known_files
 from tsp.tracking.manifest import MANIFEST_TAG, write_manifest
 from tsp.tracking.store import http_limits, mlruns_folder, open_store, resolve_uri
 
@@ -148,7 +151,9 @@ def _log_model(
     from mlflow.utils.uri import is_local_uri
 
     experiment_id = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment_id, name=name, source_run_id=run_id, model_type="causal-lm")
+    # A registered model may have a dot in its name, a logged one may not.
+    logged_name = re.sub(r"[^\w+ -]", "_", name)
+    logged = client.create_logged_model(experiment_id, name=logged_name, source_run_id=run_id, model_type="causal-lm")
     try:
         location = logged.artifact_location
         if is_local_uri(location):
@@ -173,9 +178,8 @@ def _build(out: Path, checkpoint: Path, name: str, logged: "LoggedModel", metada
     from mlflow.types import ColSpec, Schema
 
     (out / "model").mkdir(parents=True, exist_ok=True)
-    for path in checkpoint.iterdir():
-        if path.is_file():
-            _place(path, out / "model" / path.name)
+    for path in known_files(checkpoint):
+        _place(path, out / "model" / path.name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.save_pretrained(out / "components" / "tokenizer")
     _write_environment(out)
@@ -187,7 +191,7 @@ def _build(out: Path, checkpoint: Path, name: str, logged: "LoggedModel", metada
         model_id=logged.model_id,
         signature=ModelSignature(inputs=text, outputs=text),
         metadata=metadata,
-        model_size_bytes=sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file()),
+        model_size_bytes=sum(path.stat().st_size for path in known_files(checkpoint)),
     )
     model.add_flavor(
         "transformers",
@@ -258,8 +262,8 @@ def _create_version(
         name,
         source=logged.model_uri,
         run_id=logged.source_run_id,
-        tags={key: str(value) for key, value in tags.items()},
-        description=description,
+        tags={key: masked(str(value)) for key, value in tags.items()},
+        description=masked(description),
         model_id=logged.model_id,
     )
 

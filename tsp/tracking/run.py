@@ -7,7 +7,8 @@
 
 No verb waits for MLflow or raises because of it: each appends to the spool (`spool.py`). Only `start_run` talks to the
 store itself, and fails fast. Off rank 0, and with tracking turned off, the job holds a `NullTracker`. The job calls
-`finish` however it ends; if it cannot, the watcher (`watcher.py`) does it.
+`finish` however it ends; if it cannot, the watcher (`watcher.py`) does it. Texts go out with their credentials masked,
+files as they are.
 """
 
 import functools
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsp.errors import TrackingError
+from tsp.masking import masked
 from tsp.tracking.null import NullTracker, Status
 from tsp.tracking.spool import Spool, now_ms
-from tsp.tracking.store import ensure_experiment, open_store, resolve_uri, spool_folder
+from tsp.tracking.store import _without_password, ensure_experiment, open_store, resolve_uri, spool_folder
 from tsp.tracking.system_metrics import SystemMetrics
 from tsp.tracking.watcher import Watcher
 
@@ -77,11 +79,15 @@ class Tracker:
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log settings, flat. A param cannot be changed once it is logged; values are cut at 6,000 characters."""
-        self._spool.append({"kind": "params", "values": {_key(k): str(v)[:PARAM_LENGTH] for k, v in values.items()}})
+        self._spool.append(
+            {"kind": "params", "values": {_key(k): masked(str(v))[:PARAM_LENGTH] for k, v in values.items()}}
+        )
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags; a tag that is set again changes its value."""
-        self._spool.append({"kind": "tags", "values": {_key(k): str(v)[:TAG_LENGTH] for k, v in values.items()}})
+        self._spool.append(
+            {"kind": "tags", "values": {_key(k): masked(str(v))[:TAG_LENGTH] for k, v in values.items()}}
+        )
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Log a file as it is now, under its own name, into a folder of the run's artifacts."""
@@ -93,7 +99,7 @@ class Tracker:
         """Log text as a file, `name` with or without folders: `config/resolved.yaml`."""
         folder, _, file_name = name.rpartition("/")
         copy = self._spool.place(file_name)
-        copy.write_text(content, encoding="utf-8")
+        copy.write_text(masked(content), encoding="utf-8")
         self._append_file("artifact", copy, folder=folder)
 
     def image(self, image: "Path | np.ndarray", key: str, step: int) -> None:
@@ -127,10 +133,10 @@ class Tracker:
         self._spool.append(
             {
                 "kind": "dataset",
-                "name": name,
+                "name": masked(name),
                 "digest": digest[:DIGEST_LENGTH],
                 "source_type": source_type,
-                "source": json.dumps(description),
+                "source": masked(json.dumps(description)),
                 "context": context,
             }
         )
@@ -171,7 +177,7 @@ class Tracker:
 
 def links_of(uri: str, experiment_id: str, run_id: str, base_url: str | None = None) -> dict[str, str]:
     """The addresses that `Tracker.links` gives, of any run of a store."""
-    base = (base_url or (uri if uri.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
+    base = (base_url or (_without_password(uri) if uri.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
     experiment = f"{base}/#/experiments/{experiment_id}/runs"
     view = "?workflowType=machine_learning"
     return {
@@ -222,9 +228,10 @@ def start_run(
         if resume or given:
             run = _find_run(client, str(resume or given))
         else:
-            run = client.create_run(
-                ensure_experiment(client, experiment_name(experiment)), tags=resolve_tags(), run_name=run_name
-            )
+            experiment_id = ensure_experiment(client, experiment_name(experiment))
+            # The address of a git repository may have a token in it.
+            usual_tags = {key: masked(value) for key, value in resolve_tags().items()}
+            run = client.create_run(experiment_id, tags=usual_tags, run_name=run_name and masked(run_name))
         held_by = client.get_experiment(run.info.experiment_id).name
     except MlflowException as error:
         raise TrackingError(f"no run can be opened at {uri}: {error}") from error
@@ -237,8 +244,8 @@ def start_run(
 
 
 def experiment_name(given: str | None) -> str:
-    """What is given, else what the environment says, else `tsp`."""
-    return given or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
+    """What is given, else what the environment says, else `tsp`; without credentials."""
+    return masked(given or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT)
 
 
 def _find_run(client: "MlflowClient", run_id: str) -> "Run":

@@ -20,9 +20,10 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from tsp.errors import TrackingError
+from tsp.masking import MASK, masked
 from tsp.tracking.delivery import Record
 from tsp.tracking.spool_file import SpoolFile, is_ended
-from tsp.tracking.store import spool_folder, sqlite_path
+from tsp.tracking.store import resolve_uri, spool_folder, sqlite_path
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Spool:
         self._file = SpoolFile(folder, run_id)
         self._uri = uri
         try:
-            self._file.open({"run_id": run_id, "uri": uri, "owns_run": owns_run}, wait_s=TAKEOVER_S)
+            self._file.open({"run_id": run_id, "uri": masked(uri), "owns_run": owns_run}, wait_s=TAKEOVER_S)
         except Timeout as error:
             raise TrackingError(f"run {run_id} is being written by another process; wait for its end") from error
         self._closing = threading.Event()
@@ -116,7 +117,7 @@ class Spool:
         self._thread.join(timeout_s + 1)  # A sender that is stuck in a request longer than that dies with the process.
         if not self._delivered:
             print(  # It must reach the user whatever the logging is set to.
-                f"tracking: MLflow at {self._uri} did not take all records in time; they are kept in "
+                f"tracking: MLflow at {masked(self._uri)} did not take all records in time; they are kept in "
                 f"{self._file.path}, and `tsp sync` delivers them",
                 file=sys.stderr,
             )
@@ -207,9 +208,16 @@ def sync(root: Path) -> list[Synced]:
 def _find_store(uri: str, folder: Path) -> str:
     """The store of a spool. If its sqlite file is gone, the folder was moved: the one beside the spool is meant.
 
+    The credentials of a server are in nobody's file: they come from the environment.
+
     Raises:
-        TrackingError: there is none; MLflow would make an empty one.
+        TrackingError: there is none; MLflow would make an empty one. Or the environment names another server.
     """
+    if MASK in uri:
+        given = resolve_uri(folder.parent.parent)
+        if masked(given) != uri:
+            raise TrackingError(f"set MLFLOW_TRACKING_URI to {uri} with its credentials")
+        return given
     path = sqlite_path(uri)
     if path is None or path.exists():
         return uri
@@ -220,4 +228,4 @@ def _find_store(uri: str, folder: Path) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300]
+    return masked(str(error)).partition("\n")[0][:300]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from tsp.errors import TrackingError
+from tsp.masking import masked
 from tsp.tracking.note import NOTE_TAG, note_for
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def open_store(uri: str, root: Path) -> None:
     """
     # A pruning job is often run without a network, and reports nothing to third parties unless it is asked to.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # What a job registers holds no pickle, and neither it nor a server that it starts is to read any.
+    os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     # With a server, mlflow announces each run on stdout, which belongs to `--json`.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     try:
@@ -174,7 +177,7 @@ def _probe_server(uri: str) -> None:
         try:
             MlflowClient(uri).search_experiments(max_results=1)
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = masked(str(error)).splitlines()[0]
             raise TrackingError(
                 f"the tracking server {_without_password(uri)} does not answer ({reason[:300]}); start it, "
                 "correct MLFLOW_TRACKING_URI, or unset it to use the embedded store"
