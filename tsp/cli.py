@@ -9,6 +9,7 @@ import click
 
 from tsp import __version__
 from tsp.cli_compare import advise, compare
+from tsp.cli_server import server, ui
 from tsp.cli_tune import tune
 from tsp.exits import exit_codes, run_passing_signals, stdout_kept_clean
 from tsp.launch import is_first_rank, launch_command, launcher_options, world_size
@@ -32,7 +33,9 @@ def main() -> None:
 
 main.add_command(advise)
 main.add_command(compare)
+main.add_command(server)
 main.add_command(tune)
+main.add_command(ui)
 
 
 @click.command(cls=Command)
@@ -147,17 +150,6 @@ def verify(
 
 
 @main.command()
-@click.option("--port", type=int, default=5000, show_default=True, help="Of the web UI, on this machine only.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def ui(port: int, debug: bool) -> None:
-    """Open MLflow's web UI on the store in this folder."""
-    with exit_codes(debug=debug):
-        from tsp.tracking.ui import serve_ui
-
-        sys.exit(serve_ui(Path.cwd(), port))
-
-
-@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def doctor(as_json: bool) -> None:
     """Check this machine: Python, compiler, packages, GPUs, tracking store; and say what to do."""
@@ -225,9 +217,9 @@ def _prune(options: dict[str, Any], world_size: int) -> None:
 
     result, links = prune(job, root)
     if is_first_rank():
-        from tsp.tracking.store import resolve_uri
+        from tsp.tracking.store import resolve_uri, shown
 
-        print_result(result, links["run"], resolve_uri(root))
+        print_result(result, links["run"], shown(resolve_uri(root)))
 
 
 def _sweep(options: dict[str, Any], configs: list[tuple[dict[str, Any], Any]], world_size: int) -> None:

@@ -22,7 +22,7 @@ from filelock import Timeout
 from tsp.errors import TrackingError
 from tsp.tracking.delivery import Record
 from tsp.tracking.spool_file import SpoolFile, is_ended
-from tsp.tracking.store import spool_folder, sqlite_path
+from tsp.tracking.store import shown, spool_folder, sqlite_path
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Spool:
         self._thread.join(timeout_s + 1)  # A sender that is stuck in a request longer than that dies with the process.
         if not self._delivered:
             print(  # It must reach the user whatever the logging is set to.
-                f"tracking: MLflow at {self._uri} did not take all records in time; they are kept in "
+                f"tracking: MLflow at {shown(self._uri)} did not take all records in time; they are kept in "
                 f"{self._file.path}, and `tsp sync` delivers them",
                 file=sys.stderr,
             )
