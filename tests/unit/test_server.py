@@ -262,7 +262,8 @@ def test_other_names_of_the_host_are_refused(on_sqlite):
 
 
 def test_passwords_are_in_no_process_list_and_no_output(server):
-    known = [server.password, DATABASE_PASSWORD, urllib.parse.quote(DATABASE_PASSWORD, safe=""), *USERS.values()]
+    # Of the database's a piece that looks the same in a URI.
+    known = [server.password, DATABASE_PASSWORD[:6], *USERS.values()]
     family = server.family()
     assert len(family) >= 3  # Ours, mlflow's, and what serves.
     seen = [" ".join(process.cmdline()) for process in family]
@@ -353,7 +354,8 @@ def test_a_checkpoint_is_registered_and_fetched_over_http(server, tmp_path):
 def test_two_users_race_and_every_decision_counts(on_postgres, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
-    sign_in(monkeypatch, on_postgres, "alice", USERS["alice"])
+    # Neither of the two made the model, and so has rights of her own to it.
+    sign_in(monkeypatch, on_postgres, "admin", on_postgres.password)
     client = MlflowClient(on_postgres.uri)
     run = client.create_run(client.create_experiment("source")).info
     client.create_registered_model("raced")
