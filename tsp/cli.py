@@ -10,6 +10,7 @@ import click
 from tsp import __version__
 from tsp.cli_compare import advise, compare
 from tsp.cli_registry import audit, promote, rollback
+from tsp.cli_server import server, ui
 from tsp.cli_tune import tune
 from tsp.exits import exit_codes, run_passing_signals, stdout_kept_clean
 from tsp.launch import is_first_rank, launch_command, launcher_options, world_size
@@ -31,7 +32,7 @@ def main() -> None:
     """Make language models smaller by removing whole layers without losing what they know."""
 
 
-for _command in (advise, audit, compare, promote, rollback, tune):
+for _command in (advise, audit, compare, promote, rollback, server, tune, ui):
     main.add_command(_command)
 
 
@@ -148,17 +149,6 @@ def verify(
 
 
 @main.command()
-@click.option("--port", type=int, default=5000, show_default=True, help="Of the web UI, on this machine only.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def ui(port: int, debug: bool) -> None:
-    """Open MLflow's web UI on the store in this folder."""
-    with exit_codes(debug=debug):
-        from tsp.tracking.ui import serve_ui
-
-        sys.exit(serve_ui(Path.cwd(), port))
-
-
-@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def doctor(as_json: bool) -> None:
     """Check this machine: Python, compiler, packages, GPUs, tracking store; and say what to do."""
@@ -226,9 +216,9 @@ def _prune(options: dict[str, Any], world_size: int) -> None:
 
     result, links = prune(job, root)
     if is_first_rank():
-        from tsp.tracking.store import resolve_uri
+        from tsp.tracking.store import resolve_uri, shown
 
-        print_result(result, links["run"], resolve_uri(root))
+        print_result(result, links["run"], shown(resolve_uri(root)))
 
 
 def _sweep(options: dict[str, Any], configs: list[tuple[dict[str, Any], Any]], world_size: int) -> None:

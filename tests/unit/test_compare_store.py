@@ -21,7 +21,7 @@ from tsp.tracking.note import NOTE_TAG
 from tsp.tracking.results import KIND_TAG, finished_jobs, runs_by_tag
 from tsp.tracking.run import start_run
 from tsp.tracking.store import ensure_experiment, resolve_uri
-from tsp.tracking.ui import _server, _wait_until_it_answers
+from tsp.tracking.ui import site
 
 SETTINGS = {
     "data.block_tokens": 16,
@@ -206,8 +206,7 @@ def test_a_server_is_read_like_a_file(tmp_path, monkeypatch):
     folder, port = tmp_path / "served", free_port()
     uri = f"sqlite:///{folder}/mlruns/mlflow.db"
     open_store(uri, folder)
-    with _server(uri, folder / "mlruns/mlflow.db", port) as server:
-        _wait_until_it_answers(server, port)
+    with site(folder / "mlruns/mlflow.db", port, writable=True):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         made = finished("sleb", ppl=12.0)
         run_id = logged(tmp_path, made, experiment="by-hand")

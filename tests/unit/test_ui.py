@@ -1,11 +1,13 @@
 """`tsp ui`: the real server on a real store answers, shows the run's files, prints links, leaves nothing."""
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -67,6 +69,7 @@ def test_links_lead_to_the_training_view_of_the_newest_run(root):
     assert found["experiments"] == "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
     assert found["models"] == "http://127.0.0.1:5000/#/models?workflowType=machine_learning"
     assert f"/runs/{run_id}/model-metrics?" in found["its charts"]
+    assert re.search(r"/#/experiments/\d+/runs\?", found["beside it"])
 
 
 def test_links_of_a_store_without_runs(tmp_path):
@@ -74,11 +77,37 @@ def test_links_of_a_store_without_runs(tmp_path):
     assert set(links("http://h", f"sqlite:///{tmp_path}/mlruns/mlflow.db")) == {"experiments", "models"}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
-def test_server_answers_shows_files_and_ends_whole(root, number, code):
+def change_note(port, run_id):
+    """Status of the request that a change in the UI makes."""
+    url = f"http://127.0.0.1:{port}/api/2.0/mlflow/runs/set-tag"
+    body = json.dumps({"run_id": run_id, "key": "mlflow.note.content", "value": "changed"}).encode()
+    try:
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "options"),
+    [
+        (signal.SIGINT, 0, []),
+        (signal.SIGTERM, 143, ["--writable"]),
+        pytest.param(
+            signal.SIGHUP,
+            143,
+            [],
+            marks=pytest.mark.skipif(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, reason="under nohup"),
+        ),
+    ],
+)
+def test_server_answers_shows_files_and_ends_whole(root, number, code, options):
+    from mlflow import MlflowClient
+
     port = free_port()
     with subprocess.Popen(
-        [sys.executable, "-m", "tsp", "ui", "--port", str(port)],
+        [sys.executable, "-m", "tsp", "ui", "--port", str(port), *options],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
@@ -98,10 +127,17 @@ def test_server_answers_shows_files_and_ends_whole(root, number, code):
             query = urllib.parse.urlencode({"path": "config.yaml", "run_uuid": run_id})
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/get-artifact?{query}", timeout=30) as answer:
                 assert answer.read() == b"seed: 0\n"
+            # A person's change arrives only where it was asked for.
+            assert change_note(port, run_id) == (200 if options else 503)
+            tags = MlflowClient(f"sqlite:///{root}/mlruns/mlflow.db").get_run(run_id).data.tags
+            assert (tags.get("mlflow.note.content") == "changed") is bool(options)
+            if options:
+                MlflowClient(f"sqlite:///{root}/mlruns/mlflow.db").delete_tag(run_id, "mlflow.note.content")
             command.send_signal(number)
             assert command.wait(timeout=60) == code
         finally:
             command.kill()
+    assert {path.name for path in root.iterdir()} == {"mlruns", "run_id"}
     # All of the server is gone: its port is free again.
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0

@@ -12,7 +12,8 @@ from tests.models import free_port, model_folder, tiny_model
 from tsp.tracking.registry import register_checkpoint
 from tsp.tracking.run import start_run
 from tsp.tracking.store import resolve_uri
-from tsp.tracking.ui import VIEW, _server, _wait_until_it_answers
+from tsp.tracking.ui import site as running_site
+from tsp.tracking.web import VIEW
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -47,8 +48,7 @@ def site(tmp_path_factory):
     register_checkpoint(resolve_uri(root), checkpoint, "model-to-see", **registering)
     tracker.finish("FINISHED")
     port = free_port()
-    with _server(resolve_uri(root), root / "mlruns" / "mlflow.db", port) as server:
-        _wait_until_it_answers(server, port)
+    with running_site(root / "mlruns" / "mlflow.db", port):
         yield f"http://127.0.0.1:{port}/#", tracker.run_id, tracker.experiment_id
 
 

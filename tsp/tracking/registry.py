@@ -25,7 +25,7 @@ from tsp.errors import ModelError, TrackingError
 from tsp.masking import masked
 from tsp.safety import known_files
 from tsp.tracking.manifest import MANIFEST_TAG, write_manifest
-from tsp.tracking.store import http_limits, mlruns_folder, open_store, resolve_uri
+from tsp.tracking.store import http_limits, mlruns_folder, open_store, resolve_uri, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -81,7 +81,7 @@ def register_checkpoint(
             logged, manifest = _log_model(client, checkpoint, name, run_id, metadata)
             version = _create_version(client, logged, name, {**tags, MANIFEST_TAG: manifest}, description)
     except MlflowException as error:
-        raise TrackingError(f"{checkpoint} cannot be registered as {name!r} at {uri}: {error}") from error
+        raise TrackingError(f"{checkpoint} cannot be registered as {name!r} at {shown(uri)}: {error}") from error
     return name, str(version.version)
 
 
@@ -111,7 +111,9 @@ def checkpoint_path(uri: str, root: Path) -> Path:
             version = match["version"] or client.get_model_version_by_alias(name, match["alias"]).version
             folder = _fetch(client, name, str(version), root)
     except MlflowException as error:
-        raise ModelError(f"{uri} is not in the registry at {store}: {str(error).partition(chr(10))[0]}") from error
+        raise ModelError(
+            f"{uri} is not in the registry at {shown(store)}: {str(error).partition(chr(10))[0]}"
+        ) from error
     if not (folder / "config.json").is_file():
         raise ModelError(f"{uri} holds no Hugging Face checkpoint: {folder / 'config.json'} is missing")
     return folder

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tsp.config import flatten
 from tsp.errors import ConfigError, TrackingError
 from tsp.tracking.run import experiment_name, links_of
-from tsp.tracking.store import open_store, resolve_uri, sqlite_path
+from tsp.tracking.store import open_store, resolve_uri, shown, sqlite_path
 from tsp.yaml12 import parse_yaml
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def finished_jobs(root: Path, experiment: str | None) -> list[FinishedJob]:
         done = [run for run in reversed(runs) if run.info.status == "FINISHED" and _is_job(run)]
         read = [_finished_job(client, run) for run in done]
     except MlflowException as error:
-        raise TrackingError(f"experiment {name!r} cannot be read at {uri}: {error}") from error
+        raise TrackingError(f"experiment {name!r} cannot be read at {shown(uri)}: {error}") from error
     jobs = [job for job in read if job is not None]
     if len(jobs) < len(done):
         log.warning("%d finished runs of %s have no result.json and are left out", len(done) - len(jobs), name)

@@ -24,7 +24,7 @@ from tsp.errors import TrackingError
 from tsp.masking import masked
 from tsp.tracking.null import NullTracker, Status
 from tsp.tracking.spool import Spool, now_ms
-from tsp.tracking.store import _without_password, ensure_experiment, open_store, resolve_uri, spool_folder
+from tsp.tracking.store import ensure_experiment, open_store, resolve_uri, shown, spool_folder
 from tsp.tracking.system_metrics import SystemMetrics
 from tsp.tracking.watcher import Watcher
 
@@ -177,7 +177,7 @@ class Tracker:
 
 def links_of(uri: str, experiment_id: str, run_id: str, base_url: str | None = None) -> dict[str, str]:
     """The addresses that `Tracker.links` gives, of any run of a store."""
-    base = (base_url or (_without_password(uri) if uri.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
+    base = (base_url or (shown(uri) if uri.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
     experiment = f"{base}/#/experiments/{experiment_id}/runs"
     view = "?workflowType=machine_learning"
     return {
@@ -234,7 +234,7 @@ def start_run(
             run = client.create_run(experiment_id, tags=usual_tags, run_name=run_name and masked(run_name))
         held_by = client.get_experiment(run.info.experiment_id).name
     except MlflowException as error:
-        raise TrackingError(f"no run can be opened at {uri}: {error}") from error
+        raise TrackingError(f"no run can be opened at {shown(uri)}: {error}") from error
     tracker = Tracker(root, uri, run, held_by, owns_run=bool(resume) or not given)
     if resume:
         tracker._spool.append({"kind": "status", "status": "RUNNING", "time_ms": now_ms()})
@@ -255,7 +255,7 @@ def _find_run(client: "MlflowClient", run_id: str) -> "Run":
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        raise TrackingError(f"run {run_id} is not in the store {client.tracking_uri}") from error
+        raise TrackingError(f"run {run_id} is not in the store {shown(client.tracking_uri)}") from error
     if run.info.lifecycle_stage != "active":
         raise TrackingError(f"run {run_id} is deleted; `mlflow runs restore --run-id {run_id}` brings it back")
     return run

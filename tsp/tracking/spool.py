@@ -23,7 +23,7 @@ from tsp.errors import TrackingError
 from tsp.masking import MASK, masked
 from tsp.tracking.delivery import Record
 from tsp.tracking.spool_file import SpoolFile, is_ended
-from tsp.tracking.store import resolve_uri, spool_folder, sqlite_path
+from tsp.tracking.store import resolve_uri, shown, spool_folder, sqlite_path
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Spool:
         self._thread.join(timeout_s + 1)  # A sender that is stuck in a request longer than that dies with the process.
         if not self._delivered:
             print(  # It must reach the user whatever the logging is set to.
-                f"tracking: MLflow at {masked(self._uri)} did not take all records in time; they are kept in "
+                f"tracking: MLflow at {shown(self._uri)} did not take all records in time; they are kept in "
                 f"{self._file.path}, and `tsp sync` delivers them",
                 file=sys.stderr,
             )

@@ -23,6 +23,7 @@ from filelock import FileLock
 from tsp.errors import TrackingError
 from tsp.masking import masked
 from tsp.tracking.note import NOTE_TAG, note_for
+from tsp.tracking.schema import age_of, sqlite_revision
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -77,7 +78,7 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///"))
 
 
-def open_store(uri: str, root: Path) -> None:
+def open_store(uri: str, root: Path, *, artifacts: str | None = None) -> None:
     """Make the store at `uri` ready for use, or fail fast. Safe in any number of processes at once.
 
     The schema of an embedded sqlite file is created exactly once, under a file lock: several processes that meet an
@@ -86,6 +87,7 @@ def open_store(uri: str, root: Path) -> None:
     Args:
         uri: tracking URI, as from `resolve_uri`.
         root: working directory of the job; `mlruns/spool` is made below it.
+        artifacts: where a new sqlite file keeps the files of MLflow's default experiment; None: beside itself.
 
     Raises:
         TrackingError: the folder cannot be written, the schema is unknown here, or the server does not answer.
@@ -100,16 +102,16 @@ def open_store(uri: str, root: Path) -> None:
         spool_folder(root).mkdir(parents=True, exist_ok=True)
         path = sqlite_path(uri)
         if path is None:
-            _probe_server(uri)
+            probe_server(uri)
             # The sender has its own, longer patience; mlflow's would keep it in one call for minutes.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            _open_sqlite(uri, path)
+            _open_sqlite(uri, path, artifacts or str(path.parent / "artifacts"))
     except OSError as error:
-        raise TrackingError(f"the tracking store {uri} cannot be used: {error}") from error
+        raise TrackingError(f"the tracking store {shown(uri)} cannot be used: {error}") from error
 
 
 def ensure_experiment(client: "MlflowClient", name: str) -> str:
@@ -139,7 +141,7 @@ def ensure_experiment(client: "MlflowClient", name: str) -> str:
                 if experiment is None:
                     raise
     except MlflowException as error:
-        raise TrackingError(f"experiment {name!r} cannot be opened at {client.tracking_uri}: {error}") from error
+        raise TrackingError(f"experiment {name!r} cannot be opened at {shown(client.tracking_uri)}: {error}") from error
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"experiment {name!r} is deleted; choose another name with --experiment, or restore it with "
@@ -169,38 +171,63 @@ def http_limits(*, timeout_s: int, retries: int) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _probe_server(uri: str) -> None:
-    """One small request to the server, which must be answered within a few seconds."""
+def probe_server(uri: str) -> None:
+    """One small request to the server, which must be answered within a few seconds.
+
+    Raises:
+        TrackingError: it is not, or the server refuses us; the message says which, and what to do.
+    """
     from mlflow import MlflowClient
 
     with http_limits(timeout_s=PROBE_TIMEOUT_S, retries=0):
         try:
             MlflowClient(uri).search_experiments(max_results=1)
         except Exception as error:
-            reason = masked(str(error)).splitlines()[0]
-            raise TrackingError(
-                f"the tracking server {_without_password(uri)} does not answer ({reason[:300]}); start it, "
-                "correct MLFLOW_TRACKING_URI, or unset it to use the embedded store"
-            ) from error
+            raise TrackingError(f"the tracking server {shown(uri)} {_refusal(uri, error)}") from error
 
 
-def _without_password(uri: str) -> str:
-    """The URI as it may be shown: `user:secret@` is left out."""
-    parts = urllib.parse.urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+def _refusal(uri: str, error: Exception) -> str:
+    """What a failed request means, and what to do."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import read_mlflow_creds
+
+    status = error.get_http_status_code() if isinstance(error, MlflowException) else None
+    user, host = read_mlflow_creds().username, urllib.parse.urlsplit(uri).hostname
+    variables = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if status == 401 and user is None:
+        return f"asks who you are (401); set {variables}"
+    if status == 401:
+        return f"does not accept user {user!r} with this password (401); correct {variables}"
+    if status == 403 and "Host header" in str(error):
+        return (
+            f"does not answer to the name {host} (403); use another name of it in MLFLOW_TRACKING_URI, or start it "
+            f"with --allowed-hosts {host}"
+        )
+    if status == 403:
+        return f"does not let user {user!r} in (403); ask who runs it for the permission, or correct {variables}"
+    reason = masked(str(error)).splitlines()[0][:300]
+    return f"does not answer ({reason}); start it, correct MLFLOW_TRACKING_URI, or unset it to use the embedded store"
 
 
-def _open_sqlite(uri: str, path: Path) -> None:
+def shown(uri: str) -> str:
+    """A store's URI as it may be printed: without `user:password@`, and without options, which may hold either."""
+    if uri.startswith("sqlite:"):
+        return uri
+    scheme, separator, rest = uri.partition("://")
+    return scheme + separator + rest.rpartition("@")[2].partition("?")[0]
+
+
+def _open_sqlite(uri: str, path: Path, artifacts: str) -> None:
     """Check, create or migrate the schema of the sqlite file, and switch it to WAL. Called under the file lock."""
     import sqlalchemy
     from mlflow.store.db import utils
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    found, journal_mode = _read_revision(path)
-    head = utils._get_latest_schema_revision()
-    if found not in (None, head):
-        _prepare_migration(path, str(found))
-    if found != head:
+    found, journal_mode = sqlite_revision(path)
+    age = age_of(found)
+    if age in ("older", "unknown"):
+        _prepare_migration(path, str(found), age)
+    if age != "current":
         noisy = logging.getLogger("mlflow.store.db.utils")
         level = noisy.level
         noisy.setLevel(logging.WARNING)
@@ -208,7 +235,7 @@ def _open_sqlite(uri: str, path: Path) -> None:
             if found is not None:
                 # SqlAlchemyStore migrates only where a table is missing, and raises at other differences of the schema.
                 utils._upgrade_db(sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool))
-            SqlAlchemyStore(uri, str(path.parent / "artifacts"))._dispose_engine()
+            SqlAlchemyStore(uri, artifacts)._dispose_engine()
         finally:
             noisy.setLevel(level)
     # In WAL mode writers and readers do not block each other; the file remembers it. It needs memory shared between the
@@ -219,32 +246,11 @@ def _open_sqlite(uri: str, path: Path) -> None:
         connection.close()
 
 
-def _read_revision(path: Path) -> tuple[str | None, str]:
-    """Schema revision of a sqlite file (None: no schema yet) and its journal mode. Only reads."""
-    if not path.exists() or path.stat().st_size == 0:
-        return None, ""
-    connection = sqlite3.connect(f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True, timeout=20)
-    try:
-        (mode,) = connection.execute("pragma journal_mode").fetchone()
-        (tables,) = connection.execute("select count(*) from sqlite_master where name = 'alembic_version'").fetchone()
-        row = connection.execute("select version_num from alembic_version").fetchone() if tables else None
-    except sqlite3.DatabaseError as error:
-        raise TrackingError(
-            f"{path} is not a usable tracking database ({error}); move it away or restore it"
-        ) from error
-    finally:
-        connection.close()
-    return (row[0] if row else None), mode
-
-
-def _prepare_migration(path: Path, found: str) -> None:
+def _prepare_migration(path: Path, found: str, age: str) -> None:
     """Refuse a schema that the installed mlflow does not know; copy an older one, and say what happens to it."""
     import mlflow
-    from alembic.script import ScriptDirectory
-    from mlflow.store.db.utils import _get_alembic_config
 
-    known = {script.revision for script in ScriptDirectory.from_config(_get_alembic_config("")).walk_revisions()}
-    if found not in known:
+    if age == "unknown":
         raise TrackingError(
             f"{path} was written by a newer mlflow than the installed {mlflow.__version__} (schema {found} is unknown "
             "here); upgrade mlflow in this environment, or work in another folder; the file was not touched"

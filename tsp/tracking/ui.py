@@ -8,27 +8,20 @@ store of the folder and prints links that lead to the right view. `store_conditi
 """
 
 import os
-import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
+import tempfile
+import urllib.parse
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from tsp.errors import TrackingError
-from tsp.tracking.store import _probe_server, _read_revision, open_store, resolve_uri, sqlite_path
-
-VIEW = "?workflowType=machine_learning"
-"""MLflow 3 opens in its GenAI view, where charts of training runs and the model registry are hidden."""
-
-START_S = 120.0
-"""How long the server may take to answer; a few seconds on an idle machine."""
+from tsp.tracking.schema import age_of, sqlite_revision
+from tsp.tracking.store import open_store, probe_server, resolve_uri, shown, sqlite_path
+from tsp.tracking.web import LOOPBACK, VIEW, check_port, running, until_it_ends
 
 
-def serve_ui(root: Path, port: int) -> int:
+def serve_ui(root: Path, port: int, *, writable: bool = False) -> int:
     """Show the store of a folder in MLflow's web UI, on this machine only, until Ctrl-C.
 
     With a tracking server in `MLFLOW_TRACKING_URI` there is nothing to start: the links to it are printed.
@@ -36,54 +29,80 @@ def serve_ui(root: Path, port: int) -> int:
     Args:
         root: working directory of the jobs, the folder that holds `mlruns/`.
         port: to listen on.
+        writable: whether what is changed in the UI is changed in the store; else the database is opened read-only.
 
     Returns:
         0 after Ctrl-C; the exit code of a server that ended by itself.
 
     Raises:
-        TrackingError: no store yet, a store this mlflow cannot read, a port in use, or no start.
+        TrackingError: no store yet, a store this mlflow cannot read, a port in use, no start, or a tracking server that
+            does not answer.
     """
     uri = resolve_uri(root)
     path = sqlite_path(uri)
     if path is None:
-        _print_links(uri, uri)
+        print_links(links(shown(uri), uri))
         return 0
     if not path.exists() or path.stat().st_size == 0:
         raise TrackingError(f"there is no tracking store {path} yet; prune a model first, or go to the folder of one")
-    _check_port(port)
+    check_port(LOOPBACK, port)
     open_store(uri, root)
-    with _server(uri, path, port) as server:
-        _wait_until_it_answers(server, port)
-        _print_links(f"http://127.0.0.1:{port}", uri)
-        print("Ctrl-C ends it.", flush=True)
-        try:
-            return server.wait()
-        except KeyboardInterrupt as interrupt:
-            # SIGTERM arrives as an heir of KeyboardInterrupt and keeps its own exit code.
-            if type(interrupt) is not KeyboardInterrupt:
-                raise
-            return 0
+    with site(path, port, writable=writable) as server:
+        print_links(links(f"http://{LOOPBACK}:{port}", uri))
+        return until_it_ends(server)
+
+
+@contextmanager
+def site(path: Path, port: int, *, writable: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    """MLflow's web UI on an embedded store, which answers inside the block.
+
+    Args:
+        path: the sqlite file, of the installed mlflow's schema.
+        port: to listen on, on this machine only.
+        writable: as of `serve_ui`.
+    """
+    uri = f"sqlite:///{path}" if writable else f"sqlite:///file:{urllib.parse.quote(str(path))}?mode=ro&uri=true"
+    # Clients use the sqlite file itself: experiments made through this server must not get served artifacts.
+    options = ["--no-serve-artifacts", "--default-artifact-root", str(path.parent / "artifacts"), "--workers", "1"]
+    # mlflow 3.17 makes the folder that a sqlite file is to lie in, and takes `file:` for one.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running(options, LOOPBACK, port, environment={"MLFLOW_BACKEND_STORE_URI": uri}, folder=Path(folder)) as server,
+    ):
+        yield server
 
 
 def links(base_url: str, uri: str) -> dict[str, str]:
-    """Where to look: the experiments, the newest run's charts (where there is a run), the model registry.
+    """Where to look: the experiments, the newest run with its charts and neighbours (where there is one), the registry.
 
     Args:
         base_url: address of the web UI.
         uri: tracking URI of the store behind it.
+
+    Raises:
+        TrackingError: a tracking server that does not answer, or not to us.
     """
     from mlflow import MlflowClient
 
+    if sqlite_path(uri) is None:
+        probe_server(uri)
     client, base = MlflowClient(uri), f"{base_url.rstrip('/')}/#"
     found = {"experiments": f"{base}/experiments{VIEW}"}
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, order_by=["attributes.start_time DESC"], max_results=1)
     if runs:
         info = runs[0].info
-        run = f"{base}/experiments/{info.experiment_id}/runs/{info.run_id}"
-        found["newest run"] = f"{run}{VIEW}"
-        found["its charts"] = f"{run}/model-metrics{VIEW}"
+        beside = f"{base}/experiments/{info.experiment_id}/runs"
+        found["newest run"] = f"{beside}/{info.run_id}{VIEW}"
+        found["its charts"] = f"{beside}/{info.run_id}/model-metrics{VIEW}"
+        found["beside it"] = f"{beside}{VIEW}"
     return found | {"models": f"{base}/models{VIEW}"}
+
+
+def print_links(named: Mapping[str, str]) -> None:
+    """One line each."""
+    for name, link in named.items():
+        print(f"{name:12} {link}", flush=True)
 
 
 def store_condition(root: Path) -> tuple[bool, str, str]:
@@ -99,11 +118,11 @@ def store_condition(root: Path) -> tuple[bool, str, str]:
         uri = resolve_uri(root)
         path = sqlite_path(uri)
         if path is None:
-            _probe_server(uri)
-            return True, f"{_shown(uri)} answers", ""
+            probe_server(uri)
+            return True, f"{shown(uri)} answers", ""
         if not path.exists() or path.stat().st_size == 0:
             return _new_store_condition(path)
-        revision, _ = _read_revision(path)
+        revision, _ = sqlite_revision(path)
     except (TrackingError, OSError) as error:
         return False, "cannot be used", str(error)
     return _revision_condition(path, revision)
@@ -118,84 +137,13 @@ def _new_store_condition(path: Path) -> tuple[bool, str, str]:
 
 def _revision_condition(path: Path, revision: str | None) -> tuple[bool, str, str]:
     import mlflow
-    from alembic.script import ScriptDirectory
-    from mlflow.store.db.utils import _get_alembic_config, _get_latest_schema_revision
 
-    known = {script.revision for script in ScriptDirectory.from_config(_get_alembic_config("")).walk_revisions()}
-    if revision == _get_latest_schema_revision():
+    age = age_of(revision)
+    if age == "current":
         return True, f"{path}, schema {revision}", ""
-    if revision is None:
+    if age == "new":
         return True, f"{path}, without a schema; the next job makes it", ""
-    if revision in known:
+    if age == "older":
         return True, f"{path}, schema {revision} of an older mlflow; the next job keeps a copy and migrates it", ""
     found = f"{path}, schema {revision} unknown to mlflow {mlflow.__version__}"
     return False, found, "upgrade mlflow in this environment, or work in another folder"
-
-
-def _check_port(port: int) -> None:
-    if not 1 <= port <= 65535:
-        raise TrackingError(f"--port must be in [1, 65535], got {port}")
-    with socket.socket() as probe:
-        # As servers do: a port that a server has just left is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise TrackingError(f"port {port} cannot be used ({error.strerror}); give another with --port") from None
-
-
-@contextmanager
-def _server(uri: str, path: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """`mlflow server` in its own process group, stopped with all its workers at the end of the block."""
-    # Clients use the sqlite file itself: experiments made through this server must not get served artifacts.
-    options = ["--backend-store-uri", uri, "--no-serve-artifacts", "--default-artifact-root"]
-    options += [str(path.parent / "artifacts"), "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", *options],
-        # mlflow finds uvicorn on PATH; and its seven processes for GenAI jobs take 1.6 GB.
-        env={
-            **os.environ,
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno(),
-        start_new_session=True,
-    )
-    try:
-        yield server
-    finally:
-        _stop(server)
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(server.pid, number)
-            server.wait(timeout=10)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + START_S
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise TrackingError("mlflow's web server did not start; what it says stands above")
-
-
-def _print_links(base_url: str, uri: str) -> None:
-    for name, link in links(base_url, uri).items():
-        print(f"{name:12} {link}", flush=True)
-
-
-def _shown(uri: str) -> str:
-    """The URI without `user:password@`."""
-    scheme, separator, rest = uri.partition("://")
-    return scheme + separator + rest.rpartition("@")[2]
