@@ -9,6 +9,7 @@ import click
 
 from tsp import __version__
 from tsp.cli_compare import advise, compare
+from tsp.cli_monitor import monitor
 from tsp.cli_tune import tune
 from tsp.exits import exit_codes, run_passing_signals, stdout_kept_clean
 from tsp.launch import is_first_rank, launch_command, launcher_options, world_size
@@ -32,6 +33,7 @@ def main() -> None:
 
 main.add_command(advise)
 main.add_command(compare)
+main.add_command(monitor)
 main.add_command(tune)
 
 

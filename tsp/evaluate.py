@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from tsp.checkpoint import load
-from tsp.config import JobConfig
+from tsp.config import JobConfig, ModelConfig
 from tsp.data import load_evaluation
 from tsp.engine import Engine
 from tsp.errors import ModelError
@@ -25,7 +25,7 @@ SCHEMA = 1
 
 
 def evaluate_model(
-    config: JobConfig, ds_path: Path | None, *, root: Path, world_size: int, against: str | None = None
+    config: JobConfig, ds_path: Path | None, *, root: Path, world_size: int, against: str | ModelConfig | None = None
 ) -> dict[str, Any]:
     """Load a model and measure it; the same call on every rank.
 
@@ -34,7 +34,8 @@ def evaluate_model(
         ds_path: DeepSpeed JSON that says how to shard; None: every rank holds the whole model.
         root: working directory; the registry of `models:/...` is the one of its store.
         world_size: ranks; they share the windows.
-        against: the dense model, measured first and compared with; None: nothing is compared.
+        against: the dense model, measured first and compared with; by its name alone it is read as the other is. None:
+            nothing is compared.
 
     Returns:
         `{schema, model, against, perplexity: {corpus: {ppl, num_windows, block_tokens}}, ...}`; the other keys are
@@ -44,6 +45,8 @@ def evaluate_model(
         TspError: with exit code 2 for a model, corpus or task that cannot be used.
     """
     content = {"zero_optimization": {"stage": 0}} if ds_path is None else read_json(ds_path)
+    if isinstance(against, str):
+        against = config.model.model_copy(update={"path": against, "revision": None})
     sources = _open(config, against, root)
     source = sources["model"]
     tokenizer = load_tokenizer(source)
@@ -82,7 +85,7 @@ def evaluate_model(
     return {
         "schema": SCHEMA,
         "model": source.name,
-        "against": against,
+        "against": None if against is None else against.path or sources["dense"].name,
         "corpora": {corpus.name: corpus.about("num_windows") for corpus in corpora},
         "perplexity": {
             corpus: {"ppl": row.ppl, "num_windows": row.num_windows, "block_tokens": row.block_tokens}
@@ -98,15 +101,15 @@ def evaluate_model(
     }
 
 
-def _open(config: JobConfig, against: str | None, root: Path) -> dict[str, Source]:
+def _open(config: JobConfig, against: ModelConfig | None, root: Path) -> dict[str, Source]:
     """The models by state, in the order in which they are measured."""
     model = open_source(located(config.model, root))
     if against is None:
         return {"model": model}
-    settings = config.model.model_copy(update={"path": against, "revision": None})
-    dense = open_source(located(settings, root))
+    dense = open_source(located(against, root))
     if load_tokenizer(dense).get_vocab() != load_tokenizer(model).get_vocab():
         raise ModelError(
-            f"--against {against} must have the same tokenizer as {model.name}: other tokens cannot be compared"
+            f"--against {against.path or dense.name} must have the same tokenizer as {model.name}: other tokens cannot "
+            "be compared"
         )
     return {"dense": dense, "model": model}

@@ -10,7 +10,6 @@ version loads as a transformers pipeline and as a pyfunc. Promotion (aliases, ga
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from tsp.config import ModelConfig
 from tsp.errors import ModelError, TrackingError
-from tsp.tracking.store import http_limits, mlruns_folder, open_store, resolve_uri
+from tsp.tracking.store import http_limits, mlruns_folder, resolve_uri
+from tsp.tracking.versions import registered_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -95,17 +95,10 @@ def checkpoint_path(uri: str, root: Path) -> Path:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    match = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))", uri)
-    if match is None:
-        raise ModelError(f"a registered model is named models:/NAME@ALIAS or models:/NAME/VERSION, got {uri!r}")
-    store = resolve_uri(root)
-    open_store(store, root)
-    client = MlflowClient(store)
-    name = match["name"]
+    found, store = registered_version(uri, root), resolve_uri(root)
     try:
         with _default_store(store):
-            version = match["version"] or client.get_model_version_by_alias(name, match["alias"]).version
-            folder = _fetch(client, name, str(version), root)
+            folder = _fetch(MlflowClient(store), found.name, str(found.version), root)
     except MlflowException as error:
         raise ModelError(f"{uri} is not in the registry at {store}: {str(error).partition(chr(10))[0]}") from error
     if not (folder / "config.json").is_file():
