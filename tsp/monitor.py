@@ -9,7 +9,6 @@ The measures are those of `tsp evaluate`, the names of values those of `evidence
 """
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,7 +105,7 @@ def take_look(
     """
     started_ms = now_ms()
     if not requests.is_file():
-        raise DataError(f"--requests {requests} must be a .jsonl file with rows of `text` or `messages`; there is none")
+        raise DataError(f"--requests {requests}: no such file; give a .jsonl file with rows of `text` or `messages`")
     version = registered_version(model, root)
     # The alias may move while we measure: from here on it is the version.
     of_look: dict[str, Any] = {
@@ -120,7 +119,7 @@ def take_look(
     verdicts = judge(
         asked.requirements, measured, first=False, how_to_measure=lambda name: _how_to_measure(name, measured)
     )
-    ((corpus, about),) = result["corpora"].items()
+    (about,) = result["corpora"].values()
     return {
         "schema": SCHEMA,
         "model": model,
@@ -134,7 +133,6 @@ def take_look(
         "verdict": _verdict(verdicts),
         "requirements": [asdict(one) for one in verdicts],
         "measured": measured,
-        "per_slice": result["slices"].get(corpus, {}),
         "evaluation": result,
     }
 
@@ -173,10 +171,7 @@ def refuse_broken(document: Mapping[str, Any]) -> None:
     rows = [Verdict(**row) for row in document["requirements"]]
     broken = [row for row in rows if not row.passes]
     if broken:
-        found = "; ".join(
-            f"{row.requirement} ({row.note if row.measured is None else f'measured {row.measured:.4g}'})"
-            for row in broken
-        )
+        found = "; ".join(f"{row.requirement} ({row.note or f'measured {row.measured}'})" for row in broken)
         raise MonitoringError(
             f"{document['name']} version {document['version']} does not keep {len(broken)} of {len(rows)} "
             f"requirements: {found}"
@@ -219,15 +214,13 @@ def _metrics(measured: Mapping[str, Value]) -> Iterator[tuple[str, float]]:
 
 
 def _how_to_measure(name: str, known: Mapping[str, Value]) -> str:
+    """What somebody does who wants a value that is not there."""
     near = difflib.get_close_matches(name, known, n=1)
-    if re.match(r"slice_|worst_slice", name):
-        has = sorted(one.partition("/")[2] for one in known if one.startswith("slice_loss/"))
-        return (
-            "give --slices FILE.yaml"
-            if not has
-            else f"the slices are {', '.join(has)}; one of few tokens needs more requests, or --set "
-            "eval.compare_positions and eval.prompts with larger numbers"
-        )
+    slices = [one.removeprefix("slice_loss/") for one in known if one.startswith("slice_loss/")]
+    if name.startswith((_SLICE, "worst_slice")) and not slices:
+        return "give --slices FILE.yaml"
+    if name.startswith(_SLICE) and name.partition("/")[2] in slices:
+        return "too little of it was compared: give more requests, or --set eval.compare_positions=N, eval.prompts=N"
     if name.startswith("zero_shot"):
         return "give --set eval.tasks=[TASK]"
     if name in ("speedup", "generation_speedup"):

@@ -26,8 +26,9 @@ def print_look(document: Mapping[str, Any], stdout: TextIO) -> None:
     about = document["requests"]
     whole = {kind: measured.get(kind) for kind in _COLUMNS} | {"ratio": measured.get("ppl_ratio")}
     _add(table, "all requests", about["num_windows"] * (about["block_tokens"] - 1), whole)
-    for name, row in document["per_slice"].items():
-        _add(table, name, row["num_tokens"], {kind: measured.get(f"slice_{kind}/{name}") for kind in _COLUMNS})
+    for rows in document["evaluation"]["slices"].values():
+        for name, row in rows.items():
+            _add(table, name, row["num_tokens"], {kind: measured.get(f"slice_{kind}/{name}") for kind in _COLUMNS})
     out.print(table)
     if document["requirements"]:
         table = Table(title="requirements")
