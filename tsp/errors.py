@@ -47,5 +47,11 @@ class PromotionError(TspError):
     exit_code = 3
 
 
+class MonitoringError(TspError):
+    """A model in use that does not keep what is asked of it."""
+
+    exit_code = 3
+
+
 class TrackingError(TspError):
     """The tracking store or the registry cannot be used."""

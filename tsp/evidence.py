@@ -4,9 +4,10 @@
 
 `result` is a job's `result.json` or the document of `tsp evaluate --against`; what one lacks was not measured. Names:
 
-- `ppl/<corpus>`, `ppl_ratio/<corpus>` (pruned / dense), `ppl_ratio` (the largest), `kl/<corpus>`, `kl` (the largest),
-  `top1/<corpus>`, `top1` (the least)
-- `slice_ratio/<slice>`, `worst_slice_ratio`
+- `ppl/<corpus>`, `loss/<corpus>` (its logarithm), `loss` (the largest), `ppl_ratio/<corpus>` (pruned / dense),
+  `ppl_ratio` (the largest), `kl/<corpus>`, `kl` (the largest), `top1/<corpus>`, `top1` (the least)
+- `slice_ratio/<slice>`, `slice_loss/<slice>`, `slice_kl/<slice>`, `slice_top1/<slice>`, `slice_repetition/<slice>`: of
+  several corpora the worst; `worst_slice_ratio`
 - `zero_shot/<task>` (accuracy), `zero_shot/<task>_drop` (dense minus pruned), `zero_shot_drop` (the largest)
 - `speedup` (a prompt), `generation_speedup`, `parameters_ratio`, `size_ratio`, `size_gib`, `kv_cache_ratio`
 - `repetition`, `agreement` of greedy continuations; `round_trip` (`ok` where a fresh process proved the saved folder)
@@ -14,14 +15,15 @@
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from tsp.policy import VS_CHAMPION, Value
 
 Measured = dict[str, Value]
 
-_ON_TEXT = ("ppl", "kl", "top1", "slice_ratio", "worst_slice_ratio", "repetition", "agreement")
+_ON_TEXT = ("ppl", "loss", "kl", "top1", "slice_", "worst_slice_ratio", "repetition", "agreement")
 """Beginnings of names whose values are of the evaluation text."""
 _ACCURACIES = ("acc", "acc_norm", "exact_match")
 """Of lm-evaluation-harness; the first that a task has is the one that counts."""
@@ -52,7 +54,7 @@ def relative_to(champion: Mapping[str, Any], result: Mapping[str, Any]) -> Measu
             found[f"{VS_CHAMPION}{name}"] = _compared(name, value, other)
     if f"{VS_CHAMPION}ppl_ratio" in found:
         # The largest of the quotients, not the quotient of the largest.
-        found[f"{VS_CHAMPION}ppl_ratio"] = max(
+        found[f"{VS_CHAMPION}ppl_ratio"] = _worst(
             float(value) for name, value in found.items() if name.startswith(f"{VS_CHAMPION}ppl/")
         )
     return found
@@ -105,29 +107,51 @@ def _texts(result: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def _on_text(result: Mapping[str, Any], state: str) -> Pairs:
-    ratios = {}
+    ratios, losses = {}, {}
     for corpus, ppl in _ppl(result).items():
+        losses[corpus] = math.log(ppl[state])
         yield f"ppl/{corpus}", ppl[state]
+        yield f"loss/{corpus}", losses[corpus]
         if "dense" in ppl:
             ratios[corpus] = ppl[state] / ppl["dense"]
             yield f"ppl_ratio/{corpus}", ratios[corpus]
+    yield "loss", _worst(losses.values())
     if ratios:
-        yield "ppl_ratio", max(ratios.values())
+        yield "ppl_ratio", _worst(ratios.values())
     found = {corpus: row[state] for corpus, row in (result.get("fidelity") or {}).items() if state in row}
-    for name, worst in (("kl", max), ("top1", min)):
+    for name, extreme in (("kl", max), ("top1", min)):
         for corpus, row in found.items():
             yield f"{name}/{corpus}", row[name]
         if found:
-            yield name, worst(row[name] for row in found.values())
+            yield name, _worst((row[name] for row in found.values()), extreme)
 
 
 def _on_slices(result: Mapping[str, Any], state: str) -> Pairs:
+    found: dict[str, list[float]] = {}
     for rows in (result.get("slices") or {}).values():
         for name, row in rows.items():
-            if "dense" in row["ppl"]:
-                yield f"slice_ratio/{name}", row["ppl"][state] / row["ppl"]["dense"]
+            for kind, value in _of_slice(row, state):
+                found.setdefault(f"slice_{kind}/{name}", []).append(value)
+    for name, values in found.items():
+        yield name, _worst(values, min if name.startswith("slice_top1/") else max)
     if result.get("worst_slice"):
         yield "worst_slice_ratio", result["worst_slice"]["ratio"]
+
+
+def _of_slice(row: Mapping[str, Any], state: str) -> Iterator[tuple[str, float]]:
+    ppl = row["ppl"]
+    yield "loss", math.log(ppl[state])
+    if "dense" in ppl:
+        yield "ratio", ppl[state] / ppl["dense"]
+    for kind in ("kl", "top1", "repetition"):
+        if state in row.get(kind, {}):
+            yield kind, row[kind][state]
+
+
+def _worst(values: Iterable[float], extreme: Callable[[Iterable[float]], float] = max) -> float:
+    """What is no number is worse than any; `max` and `min` alone would pass over it."""
+    numbers = list(values)
+    return math.nan if any(map(math.isnan, numbers)) else extreme(numbers)
 
 
 def _on_tasks(result: Mapping[str, Any], state: str) -> Pairs:
@@ -141,7 +165,7 @@ def _on_tasks(result: Mapping[str, Any], state: str) -> Pairs:
             drops.append(by_state["dense"][accuracy] - by_state[state][accuracy])
             yield f"zero_shot/{task}{_DROP}", drops[-1]
     if drops:
-        yield f"zero_shot{_DROP}", max(drops)
+        yield f"zero_shot{_DROP}", _worst(drops)
 
 
 def _of_size(result: Mapping[str, Any], state: str) -> Pairs:

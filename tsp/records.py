@@ -97,6 +97,8 @@ class Evaluation:
     """By corpus and slice."""
     continuations: tuple[tuple[int, ...], ...] = ()
     """The tokens with which each prompt went on; empty: not measured."""
+    prompt_slices: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By slice of the first corpus: which of the prompts end in it."""
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     """Metrics by task, as lm-evaluation-harness names them: `acc`, `acc_stderr`, `acc_norm`, ..."""
 

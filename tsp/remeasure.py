@@ -44,7 +44,7 @@ def remeasure(
     for version in (candidate, champion):
         if version is None:
             continue
-        base = base_model(evidence_of(client, version))
+        base = base_model(version, evidence_of(client, version))
         trust = base is not None and base.trust_remote_code
         model = {"path": f"models:/{version.name}/{version.version}", "trust_remote_code": trust}
         config = load_config([*layers, {"model": model}])
@@ -53,11 +53,13 @@ def remeasure(
         record_evaluation(client, version, document, values)
 
 
-def base_model(evidence: Sequence[Evidence]) -> ModelConfig | None:
-    """The dense model that a version's job has pruned; None: no job of ours has made it."""
-    if not any("settings" in one.document for one in evidence):
+def base_model(version: "ModelVersion", evidence: Sequence[Evidence]) -> ModelConfig | None:
+    """The dense model that a version's job has pruned, of the same commit; None: no job of ours has made it."""
+    layers = _settings(evidence, ("model",))
+    if not layers:
         return None
-    return load_config(_settings(evidence, ("model",))).model
+    config = load_config(layers).model
+    return config.model_copy(update={"revision": version.tags.get("base_revision") or config.revision})
 
 
 def _settings(evidence: Sequence[Evidence], sections: Sequence[str]) -> list[dict[str, Any]]:

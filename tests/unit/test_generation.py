@@ -5,7 +5,7 @@ import torch
 
 from tests.models import logits, tiny_model, tokens
 from tsp.decoder import find_decoder
-from tsp.evaluation.generation import agreement, greedy_continuations, repetition
+from tsp.evaluation.generation import agreement, greedy_continuations, prompts_of, repetition
 
 SIZES = {"num_prompts": 3, "num_new": 12, "max_positions": 64}
 
@@ -48,7 +48,16 @@ def test_the_ranks_share_the_prompts(world_size):
 def test_short_windows_and_short_models_get_what_there_is_room_for():
     model = tiny_model(num_layers=1)
     assert [len(new) for new in continued(model, tokens(2, 8))] == [12, 12]
-    assert [len(new) for new in continued(model, tokens(2, 20), max_positions=16)] == [8, 8]
+    assert [len(new) for new in continued(model, tokens(2, 20), max_positions=16)] == [8, 8, 8]
+
+
+def test_fewer_windows_than_prompts_are_cut_into_pieces():
+    values = torch.arange(2 * 70).view(2, 70)
+    assert prompts_of(values, 2, 64).tolist() == values[:, :32].tolist()
+    assert prompts_of(values, 3, 64)[:, 0].tolist() == [0, 35, 70], "three of four pieces of 35"
+    assert prompts_of(values, 9, 64)[:, 0].tolist() == [0, 35, 70, 105], "no piece is shorter than a prompt"
+    assert prompts_of(values[:, :20], 9, 64).shape == (2, 20)
+    assert prompts_of(values > 31, 2, 64)[:, -1].tolist() == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Perplexity and multiple choice can look well while a model writes the same four 
 key-value cache: a cache counts its tokens at the first layer, which may be bypassed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,17 +31,17 @@ def greedy_continuations(
 
     Args:
         forward: tokens `[b, t]` -> logits `[b, t, V]`.
-        blocks_NT: windows `[N, T]` int64, of which `num_prompts` are taken at even distances.
-        num_prompts: at most N.
-        num_new: tokens by which each is continued.
-        max_positions: of the model; prompts are half of them where 32 tokens are more, continuations what is left.
+        blocks_NT: windows `[N, T]` int64.
+        num_prompts: see `prompts_of`.
+        num_new: tokens by which each is continued; less where the model has no room for them.
+        max_positions: of the model.
         **sharing: of `per_window`; ranks share the prompts.
 
     Returns:
         New tokens of each prompt, the same on every rank.
     """
-    length = min(PROMPT_TOKENS, max_positions // 2, blocks_NT.shape[1])
-    prompts = evenly_spread(blocks_NT, num_prompts)[:, :length]
+    prompts = prompts_of(blocks_NT, num_prompts, max_positions)
+    length = prompts.shape[1]
     num_new = min(num_new, max_positions - length)
 
     def go_on(tokens_bt: Tensor) -> Tensor:
@@ -49,6 +50,24 @@ def greedy_continuations(
         return tokens_bt[:, length:]
 
     return tuple(map(tuple, per_window(go_on, prompts, **sharing).long().tolist()))
+
+
+def prompts_of(values_NT: Tensor, num_prompts: int, max_positions: int) -> Tensor:
+    """What stands at the places of the prompts: the first tokens of windows at even distances.
+
+    Args:
+        values_NT: windows `[N, T]`, or what is said of each of their tokens.
+        num_prompts: where there are fewer windows, each is cut into equal pieces, as many as it is long enough for.
+        max_positions: of the model; prompts are half of them where 32 tokens are more.
+
+    Returns:
+        `[P, length]`, P at most `num_prompts`.
+    """
+    num_windows, num_tokens = values_NT.shape
+    length = min(PROMPT_TOKENS, max_positions // 2, num_tokens)
+    pieces = min(math.ceil(num_prompts / num_windows), num_tokens // length)
+    whole = num_tokens // pieces * pieces
+    return evenly_spread(values_NT[:, :whole].reshape(num_windows * pieces, -1), num_prompts)[:, :length]
 
 
 def repetition(continuations: Sequence[Sequence[int]]) -> float:

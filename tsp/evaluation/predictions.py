@@ -122,8 +122,8 @@ def _fidelity(sums_2: Tensor, num: Tensor) -> Fidelity | None:
     if not num:
         return None
     kl, top1 = sums_2
-    # Rounding can take a KL of 0 below it.
-    return Fidelity(kl=max(0.0, float(kl / num)), top1=float(top1 / num), num_positions=int(num))
+    # Rounding can take a KL of 0 below it; what is no number stays none, as `max` gives its first where none is larger.
+    return Fidelity(kl=max(float(kl / num), 0.0), top1=float(top1 / num), num_positions=int(num))
 
 
 def _slice(sums_N: Tensor, tokens_N: Tensor, fidelity: Fidelity | None) -> SlicePerplexity:

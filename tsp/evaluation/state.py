@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tsp.config import EvalConfig
 from tsp.data import Corpus
-from tsp.evaluation.generation import greedy_continuations
+from tsp.evaluation.generation import greedy_continuations, prompts_of
 from tsp.evaluation.predictions import Reference, measure_predictions
 from tsp.evaluation.speed import prompt_of, prompt_tokens_per_s
 from tsp.evaluation.zero_shot import Tasks, task_metrics
@@ -60,12 +60,12 @@ def evaluate_state(exam: Exam, forward: Callable[[Tensor], Tensor], state: str) 
         )
         if fidelity is not None:
             fidelities[corpus.name] = fidelity
-    first = exam.corpora[0].blocks
+    first = exam.corpora[0]
     continuations: tuple[tuple[int, ...], ...] = ()
     if config.prompts:
         continuations = greedy_continuations(
             forward,
-            first,
+            first.blocks,
             num_prompts=config.prompts,
             num_new=config.continuation_tokens,
             max_positions=exam.max_positions,
@@ -78,6 +78,7 @@ def evaluate_state(exam: Exam, forward: Callable[[Tensor], Tensor], state: str) 
         fidelity=fidelities,
         slices=slices,
         continuations=continuations,
+        prompt_slices=_prompt_slices(exam, first) if config.prompts else {},
         tasks=task_metrics(exam.tasks, forward, exam.sharing) if exam.tasks else {},
     )
 
@@ -88,6 +89,15 @@ def prompt_speed(exam: Exam, forward: Callable[[Tensor], Tensor]) -> float | Non
         return None
     prompt = prompt_of(exam.corpora[0].blocks, exam.max_positions).to(exam.sharing["device"])
     return prompt_tokens_per_s(forward, prompt, exam.config.speed_runs)
+
+
+def _prompt_slices(exam: Exam, corpus: Corpus) -> dict[str, tuple[int, ...]]:
+    """The prompts of each slice: those whose last token, after which the model goes on, belongs to it."""
+    last = {
+        name: prompts_of(mask_NT, exam.config.prompts, exam.max_positions)[:, -1]
+        for name, mask_NT in corpus.slices.items()
+    }
+    return {name: tuple(held_P.nonzero()[:, 0].tolist()) for name, held_P in last.items()}
 
 
 def _spoken(state: str) -> str:

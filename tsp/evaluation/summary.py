@@ -1,6 +1,7 @@
 """The evaluations of a model's states side by side: what `result.json`, `tsp evaluate` and MLflow say of them."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tsp.evaluation.confidence import perplexity_interval, ratio_interval
@@ -19,8 +20,9 @@ def summarise(states: States) -> dict[str, Any]:
 
     Returns:
         `perplexity`, `ppl_interval`, `ppl_ratio_interval`, `fidelity`: `{corpus: {state: ...}}`; `slices`:
-        `{corpus: {slice: {num_tokens, ppl, kl, top1, ratio_interval}}}`; `worst_slice`; `generation`: `{state: ...}`;
-        `tasks`: `{task: {state: {metric: ...}}}`; `speed`. Empty where not measured. Intervals hold 95 %.
+        `{corpus: {slice: {num_tokens, ppl, kl, top1, ratio_interval, num_prompts, repetition}}}`; `worst_slice`;
+        `generation`: `{state: ...}`; `tasks`: `{task: {state: {metric: ...}}}`; `speed`. Empty where not measured.
+        Intervals hold 95 %.
     """
     corpora = list(next(iter(states.values())).perplexity)
     slices = {corpus: found for corpus in corpora if (found := _slices(states, corpus))}
@@ -67,7 +69,7 @@ def metrics(summary: Mapping[str, Any]) -> dict[str, float]:
         for state, fidelity in summary["fidelity"][corpus].items():
             values |= {f"eval/{corpus}/{name}_{state}": value for name, value in fidelity.items()}
         for name, row in summary["slices"].get(corpus, {}).items():
-            for kind in ("ppl", "kl", "top1"):
+            for kind in ("ppl", "kl", "top1", "repetition"):
                 values |= {f"eval/{corpus}/slice/{name}/{kind}_{state}": value for state, value in row[kind].items()}
     values["ppl_ratio"] = max(value for key, value in values.items() if key.startswith("ppl_ratio/"))
     if summary["worst_slice"] is not None:
@@ -91,8 +93,24 @@ def _ratio_intervals(states: States, corpus: str) -> dict[str, tuple[float, floa
 
 
 def _slices(states: States, corpus: str) -> dict[str, Any]:
-    names = next(iter(states.values())).slices.get(corpus, {})
-    return {name: _slice({state: states[state].slices[corpus][name] for state in states}) for name in names}
+    first = next(iter(states.values()))
+    # Only text of the first corpus is continued.
+    prompts = first.prompt_slices if corpus == next(iter(first.perplexity)) else {}
+    return {
+        name: _slice({state: states[state].slices[corpus][name] for state in states})
+        | _repetition(states, prompts.get(name, ()))
+        for name in first.slices.get(corpus, {})
+    }
+
+
+def _repetition(states: States, prompts: Sequence[int]) -> dict[str, Any]:
+    """How much the continuations of some of the prompts repeat themselves."""
+    found = {
+        state: repetition([evaluation.continuations[number] for number in prompts])
+        for state, evaluation in states.items()
+        if prompts and evaluation.continuations
+    }
+    return {"num_prompts": len(prompts), "repetition": found}
 
 
 def _slice(by_state: Mapping[str, SlicePerplexity]) -> dict[str, Any]:
@@ -120,7 +138,8 @@ def _worst(slices: Mapping[str, Mapping[str, Any]], judged: str) -> dict[str, An
         for name, row in rows.items()
         if "dense" in row["ppl"] and judged != "dense"
     ]
-    return max(ratios, key=lambda row: row["ratio"], default=None)
+    # What is no number is worse than any.
+    return max(ratios, key=lambda row: math.inf if math.isnan(row["ratio"]) else row["ratio"], default=None)
 
 
 def _generation(states: States) -> dict[str, dict[str, float | None]]:

@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -174,7 +174,7 @@ def recorded(client: "MlflowClient", decision: Decision) -> Iterator[str]:
     run_id = client.create_run(experiment_id, run_name=title, tags=masked_tree(tags)).info.run_id
     client.log_dict(run_id, masked_tree(asdict(decision) | {"outcome": decision.outcome}), DECISION_FILE)
     if decision.verdicts:
-        client.log_table(run_id, _columns(decision), "requirements.json")
+        client.log_table(run_id, requirement_table(decision.verdicts), "requirements.json")
     for verdict in decision.verdicts:
         if isinstance(verdict.measured, float | int):
             client.log_metric(run_id, verdict.name, verdict.measured)
@@ -236,8 +236,8 @@ def _as_recorded(run: "Run") -> Recorded:
     )
 
 
-def _columns(decision: Decision) -> dict[str, list[Any]]:
-    rows = decision.verdicts
+def requirement_table(rows: Sequence[Verdict]) -> dict[str, list[Any]]:
+    """Verdicts by column, as MLflow's tables want them."""
     return {
         "requirement": [row.requirement for row in rows],
         "measured": ["" if row.measured is None else str(row.measured) for row in rows],

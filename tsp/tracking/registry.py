@@ -99,16 +99,13 @@ def checkpoint_path(uri: str, root: Path) -> Path:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    match = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))", uri)
-    if match is None:
-        raise ModelError(f"a registered model is named models:/NAME@ALIAS or models:/NAME/VERSION, got {uri!r}")
+    name, wanted = split_uri(uri)
     store = resolve_uri(root)
     open_store(store, root)
     client = MlflowClient(store)
-    name = match["name"]
     try:
         with default_store(store):
-            version = match["version"] or client.get_model_version_by_alias(name, match["alias"]).version
+            version = wanted if wanted.isdigit() else client.get_model_version_by_alias(name, wanted).version
             folder = _fetch(client, name, str(version), root)
     except MlflowException as error:
         raise ModelError(
@@ -117,6 +114,18 @@ def checkpoint_path(uri: str, root: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{uri} holds no Hugging Face checkpoint: {folder / 'config.json'} is missing")
     return folder
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Name, and alias or number, of `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    match = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))", uri)
+    if match is None:
+        raise ModelError(f"a registered model is named models:/NAME@ALIAS or models:/NAME/VERSION, got {uri!r}")
+    return match["name"], match["alias"] or match["version"]
 
 
 def located(config: ModelConfig, root: Path) -> ModelConfig:
