@@ -219,10 +219,21 @@ def whole_or_not_at_all(output: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        _let_others_read(temporary)
         os.replace(temporary, output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _let_others_read(folder: Path) -> None:
+    """As far as the user's mask has it: safetensors writes for its owner alone, and others may serve the model."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.iterdir():
+        # A link of a registered file has the mode that it has been given there.
+        if path.is_file() and path.stat().st_nlink == 1:
+            path.chmod(0o666 & ~mask)
 
 
 def _named_tensors(model: nn.Module, stack: str, kept: Sequence[int]) -> dict[str, Tensor]:

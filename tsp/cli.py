@@ -9,6 +9,7 @@ import click
 
 from tsp import __version__
 from tsp.cli_compare import advise, compare
+from tsp.cli_models import export, gc, models, serve
 from tsp.cli_monitor import monitor
 from tsp.cli_registry import audit, promote, rollback
 from tsp.cli_server import server, ui
@@ -33,7 +34,7 @@ def main() -> None:
     """Make language models smaller by removing whole layers without losing what they know."""
 
 
-for _command in (advise, audit, compare, monitor, promote, rollback, server, tune, ui):
+for _command in (advise, audit, compare, export, gc, models, monitor, promote, rollback, serve, server, tune, ui):
     main.add_command(_command)
 
 

@@ -1,5 +1,6 @@
 """The registry on the terminal: verdicts, histories, versions side by side."""
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
@@ -56,6 +57,90 @@ def print_audit(document: Mapping[str, Any], stdout: TextIO) -> None:
         console.print(f"fault: {fault}")
     if not document["faults"]:
         console.print("all as it was decided")
+
+
+def print_overview(rows: Sequence[Mapping[str, Any]], stdout: TextIO) -> None:
+    """A line for each version, and what it is called in MLflow's UI."""
+    table = [
+        (
+            row["model"],
+            row["version"],
+            ", ".join(row["aliases"]),
+            row["base_model"] or "",
+            f"{len(row['dropped'])} of {row['num_layers']}" if row["dropped"] is not None else "",
+            "+".join(filter(None, (row["method"], row["transfer"]))),
+            *(_number(row["measured"].get(name)) for name in ("ppl_ratio", "worst_slice_ratio", "speedup")),
+            _number(row["measured"].get("parameters_ratio")),
+            _when(row["created_ms"]),
+        )
+        for row in rows
+    ]
+    headings = ("model", "version", "aliases", "made from", "layers gone", "by", "ppl ratio", "worst slice", "speed-up")
+    _print_rows(_console(stdout), "registered models", (*headings, "parameters", "registered (UTC)"), table)
+
+
+def print_version(document: Mapping[str, Any], stdout: TextIO) -> None:
+    """What it was made from and how, and all that was measured."""
+    console = _console(stdout)
+    title, calibration = f"{document['model']} version {document['version']}", document["calibration"]
+    facts = [
+        ("aliases", ", ".join(document["aliases"]) or "none"),
+        ("made from", " ".join(filter(None, (document["base_model"], document["base_revision"])))),
+        ("layers gone", f"{_text(document['dropped'])} of {document['num_layers']}"),
+        ("selection, transfer", " ".join(filter(None, (document["method"], document["transfer"])))),
+        (
+            "calibration text",
+            " ".join(((calibration or {}).get("name", ""), _about(calibration, "num_blocks"))).strip(),
+        ),
+        *((f"measured on {name}", _about(row, "num_windows")) for name, row in document["corpora"].items()),
+        ("registered (UTC)", _when(document["created_ms"])),
+        ("run", document["run_id"] or "none"),
+    ]
+    _print_rows(console, title, ("", ""), facts)
+    measured = [(name, _number(value)) for name, value in document["measured"].items()]
+    _print_rows(console, "measured", ("value", ""), measured)
+    if document["link"]:
+        console.print(f"look        tsp ui   # then {document['link']}")
+
+
+def print_comparison(document: Mapping[str, Any], stdout: TextIO) -> None:
+    """Where two versions differ."""
+    console = _console(stdout)
+    sides = (document["a"], document["b"])
+    for title, rows in (("made otherwise", document["made"]), ("other settings", document["settings"])):
+        if rows:
+            table = [(row["name"], _text(row["a"]), _text(row["b"])) for row in rows]
+            _print_rows(console, title, ("", *sides), table)
+    measured = [(row["name"], *(_number(row[key]) for key in ("a", "b", "b_to_a"))) for row in document["measured"]]
+    _print_rows(console, "measured", ("value", *sides, "second to first"), measured)
+
+
+def print_leftovers(document: Mapping[str, Any], stdout: TextIO) -> None:
+    """What goes, how much room that makes, and how it is made to go."""
+    console = _console(stdout)
+    rows = document["leftovers"]
+    if not rows:
+        console.print("nothing is left over")
+        return
+    table = [(row["what"], f"{row['bytes'] / 2**20:,.1f}", row["why"], row["where"]) for row in rows]
+    _print_rows(console, "needed by nothing", ("what", "MiB", "why", "where"), table)
+    total = sum(row["bytes"] for row in rows) / 2**20
+    done = "were removed" if document["deleted"] else "would be removed by `tsp gc --delete`"
+    console.print(f"{len(rows)} things with {total:,.1f} MiB {done}")
+
+
+def _about(text: Mapping[str, Any] | None, counted: str) -> str:
+    if not text:
+        return "unknown"
+    return f"{text['fingerprint']}, {text[counted]} x {text['block_tokens']} tokens"
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _verdict(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 MANIFEST_TAG = "manifest_sha256"
+_COPIED = "model/"
+"""Where a registered folder has the Hugging Face checkpoint."""
 
 
 def write_manifest(folder: Path) -> str:
@@ -43,12 +45,17 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def file_faults(client: "MlflowClient", version: "ModelVersion") -> list[str] | None:
+def file_faults(client: "MlflowClient", version: "ModelVersion", *, checkpoint: Path | None = None) -> list[str] | None:
     """What of a version's files is not as it was registered; each file is read, and behind a server fetched for it.
 
+    Args:
+        client: of the registry.
+        version: whose files.
+        checkpoint: a copy of its Hugging Face folder, to be looked at instead.
+
     Returns:
-        A line for each file that is gone or changed; empty: all are as they were; None: no hashes were recorded, by an
-        earlier release or by somebody else.
+        A line for each file that is gone or changed, or is only in the copy; empty: all are as they were; None: no
+        hashes were recorded, by an earlier release or by somebody else.
     """
     recorded = version.tags.get(MANIFEST_TAG)
     if recorded is None:
@@ -61,13 +68,21 @@ def file_faults(client: "MlflowClient", version: "ModelVersion") -> list[str] | 
             return [f"{MANIFEST} changed"]
         hashes: dict[str, str] = json.loads(manifest.read_text())
     faults = []
+    if checkpoint is not None:
+        hashes = {name[len(_COPIED) :]: hash for name, hash in hashes.items() if name.startswith(_COPIED)}
+        faults = [f"{path.name} was added" for path in checkpoint.iterdir() if path.name not in hashes]
     for name, expected in hashes.items():
-        with _fetched(client, location, name) as path:
+        with _fetched(client, location, name) if checkpoint is None else _in(checkpoint, name) as path:
             if path is None:
                 faults.append(f"{name} is gone")
             elif sha256(path) != expected:
                 faults.append(f"{name} changed")
     return faults
+
+
+@contextmanager
+def _in(folder: Path, name: str) -> Iterator[Path | None]:
+    yield folder / name if (folder / name).is_file() else None
 
 
 @contextmanager
@@ -79,8 +94,8 @@ def _fetched(client: "MlflowClient", location: str, name: str) -> Iterator[Path 
     from mlflow.utils.uri import is_local_uri
 
     if is_local_uri(location):
-        path = Path(local_file_uri_to_path(location)) / name
-        yield path if path.is_file() else None
+        with _in(Path(local_file_uri_to_path(location)), name) as path:
+            yield path
         return
     with tempfile.TemporaryDirectory(prefix="tsp-") as folder:
         try:

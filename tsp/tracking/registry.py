@@ -186,21 +186,23 @@ def _build(out: Path, checkpoint: Path, name: str, logged: "LoggedModel", metada
     import mlflow.pyfunc
     import transformers
     from mlflow.models import Model, ModelSignature
-    from mlflow.types import ColSpec, Schema
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     (out / "model").mkdir(parents=True, exist_ok=True)
     for path in known_files(checkpoint):
-        _place(path, out / "model" / path.name)
+        place(path, out / "model" / path.name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.save_pretrained(out / "components" / "tokenizer")
     _write_environment(out)
     text = Schema([ColSpec("string")])
+    # What a request may change; mlflow ignores others.
+    asked = ParamSchema([ParamSpec("max_new_tokens", "integer", 64), ParamSpec("do_sample", "boolean", False)])
     model = Model(
         artifact_path=logged.artifact_location,
         model_uuid=logged.model_id,
         run_id=logged.source_run_id,
         model_id=logged.model_id,
-        signature=ModelSignature(inputs=text, outputs=text),
+        signature=ModelSignature(inputs=text, outputs=text, params=asked),
         metadata=metadata,
         model_size_bytes=sum(path.stat().st_size for path in known_files(checkpoint)),
     )
@@ -222,13 +224,12 @@ def _build(out: Path, checkpoint: Path, name: str, logged: "LoggedModel", metada
         loader_module="mlflow.transformers",
         conda_env="conda.yaml",
         python_env="python_env.yaml",
-        model_config={"max_new_tokens": 64, "do_sample": False},
     )
     model.save(str(out / "MLmodel"))
     return write_manifest(out)
 
 
-def _place(source: Path, target: Path) -> None:
+def place(source: Path, target: Path) -> None:
     """Hard-link weights, copy the rest: small files are the ones somebody edits in place."""
     if source.suffix == ".safetensors":
         try:

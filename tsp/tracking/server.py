@@ -85,12 +85,13 @@ def serve(
         else str(Path(root).resolve() / (artifacts or folder / "artifacts"))
     )
     names = [*_LOCAL, *(allowed_hosts or own_names(host))]
-    options = ["--serve-artifacts", "--artifacts-destination", kept, "--allowed-hosts", ",".join(host_patterns(names))]
+    command = ["server", "--serve-artifacts", "--artifacts-destination", kept]
+    command += ["--allowed-hosts", ",".join(host_patterns(names))]
     environment = {STORE_VARIABLE: uri}
     if admin:
-        options += AUTH_OPTIONS
+        command += AUTH_OPTIONS
         environment |= environment_of(admin, folder)
-    with running(options, host, port, environment=environment, folder=folder) as server:
+    with running(command, host, port, environment=environment, folder=folder) as server:
         if admin:
             warn_of_another_password(admin, url_of(host, port))
         print_links(_summary(host, port, admin) | {"store": shown(uri), "files": kept, "called": ", ".join(names)})

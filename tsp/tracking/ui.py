@@ -63,11 +63,18 @@ def site(path: Path, port: int, *, writable: bool = False) -> Iterator[subproces
     """
     uri = f"sqlite:///{path}" if writable else f"sqlite:///file:{urllib.parse.quote(str(path))}?mode=ro&uri=true"
     # Clients use the sqlite file itself: experiments made through this server must not get served artifacts.
-    options = ["--no-serve-artifacts", "--default-artifact-root", str(path.parent / "artifacts"), "--workers", "1"]
+    command = [
+        "server",
+        "--no-serve-artifacts",
+        "--default-artifact-root",
+        str(path.parent / "artifacts"),
+        "--workers",
+        "1",
+    ]
     # mlflow 3.17 makes the folder that a sqlite file is to lie in, and takes `file:` for one.
     with (
         tempfile.TemporaryDirectory() as folder,
-        running(options, LOOPBACK, port, environment={"MLFLOW_BACKEND_STORE_URI": uri}, folder=Path(folder)) as server,
+        running(command, LOOPBACK, port, environment={"MLFLOW_BACKEND_STORE_URI": uri}, folder=Path(folder)) as server,
     ):
         yield server
 

@@ -1,7 +1,7 @@
 """Who may use a tracking server of ours: mlflow's basic auth with a user `admin`, who makes the others.
 
     admin = admin_of(None, folder)
-    running([*options, *AUTH_OPTIONS], ..., environment=environment_of(admin, folder))
+    running([*command, *AUTH_OPTIONS], ..., environment=environment_of(admin, folder))
     warn_of_another_password(admin, url)
 
 The password goes to the server by its environment, which other users do not see. It is kept in `admin-password`, where

@@ -20,6 +20,7 @@ from tsp.errors import ModelError, TrackingError
 from tsp.tracking.promotion import LOCK
 from tsp.tracking.registry import default_store
 from tsp.tracking.results import KIND_TAG, artifact_reader
+from tsp.tracking.run import links_of
 from tsp.tracking.store import ensure_experiment, open_store, resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def registry(root: Path) -> "Iterator[MlflowClient]":
 
 def model_names(client: "MlflowClient") -> list[str]:
     """All registered models; the locks of promotions are none."""
-    names = (model.name for model in _pages(client.search_registered_models))
+    names = (model.name for model in search_pages(client.search_registered_models))
     return sorted(name for name in names if not name.endswith(LOCK))
 
 
@@ -110,7 +111,7 @@ def versions_of(client: "MlflowClient", name: str) -> "list[ModelVersion]":
     for alias, number in client.get_registered_model(name).aliases.items():
         aliases.setdefault(str(number), []).append(alias)
     versions = sorted(
-        _pages(client.search_model_versions, f"name = '{name}'"), key=lambda version: int(version.version)
+        search_pages(client.search_model_versions, f"name = '{name}'"), key=lambda version: int(version.version)
     )
     if not versions:
         raise ModelError(f"registered model {name!r} has no version")
@@ -134,7 +135,7 @@ def evidence_of(client: "MlflowClient", version: "ModelVersion") -> list[Evidenc
     experiment = client.get_experiment_by_name(evaluations_of(version.name))
     if experiment is not None:
         condition = f"tags.`{KIND_TAG}` = '{EVALUATION_KIND}' and tags.version = '{version.version}'"
-        runs: Iterator[Run] = _pages(
+        runs: Iterator[Run] = search_pages(
             client.search_runs, [experiment.experiment_id], condition, order_by=["start_time ASC"]
         )
         for run in runs:
@@ -167,6 +168,19 @@ def record_evaluation(
     return run_id
 
 
+def run_link(client: "MlflowClient", run_id: str) -> str | None:
+    """The page of a run; None: it is gone."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return links_of(client.tracking_uri, run.info.experiment_id, run_id)["run"]
+
+
 def evaluations_of(name: str) -> str:
     """The experiment of a model's later measurements."""
     return f"{name}/evaluations"
@@ -183,7 +197,8 @@ def _some(names: Sequence[str]) -> str:
     return (", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")) or "none"
 
 
-def _pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+def search_pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+    """All that one of the client's searches finds, page by page."""
     token = None
     while True:
         page = search(*arguments, **options, page_token=token)

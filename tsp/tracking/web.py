@@ -1,7 +1,7 @@
-"""`mlflow server` as a child of a command: started when its port is free, waited for, and ended with all its workers.
+"""A web server of mlflow's as a child: started when its port is free, waited for, and ended with all its workers.
 
     check_port("127.0.0.1", 5000)
-    with running(options, "127.0.0.1", 5000, environment={...}, folder=folder) as server:
+    with running(["server", ...], "127.0.0.1", 5000, environment={...}, folder=folder) as server:
         return until_it_ends(server)
 
 What it serves and to whom is for the caller to say.
@@ -79,12 +79,12 @@ def url_of(host: str, port: int) -> str:
 
 @contextmanager
 def running(
-    options: Sequence[str], host: str, port: int, *, environment: Mapping[str, str], folder: Path
+    command: Sequence[str], host: str, port: int, *, environment: Mapping[str, str], folder: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`mlflow server` in its own process group, stopped with all its workers at the end of the block.
+    """`mlflow server` or `mlflow models serve` in its own process group, stopped with all its workers at the end.
 
     Args:
-        options: of `mlflow server`, without `--host` and `--port`.
+        command: after `mlflow`, without `--host` and `--port`.
         host: to listen on.
         port: to listen on.
         environment: what it is told besides our own environment, where other users do not read it.
@@ -100,7 +100,7 @@ def running(
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", *options, "--host", host, "--port", str(port)],
+        [sys.executable, "-m", "mlflow", *command, "--host", host, "--port", str(port)],
         # mlflow finds uvicorn on PATH; its seven processes for GenAI jobs take 1.6 GB.
         env={
             "MLFLOW_DISABLE_TELEMETRY": "true",
