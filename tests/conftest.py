@@ -37,6 +37,14 @@ hypothesis.settings.load_profile("tsp")
 
 
 @pytest.fixture(autouse=True)
-def _own_working_directory(tmp_path, monkeypatch):
+def _leaves_no_store_behind():
+    """A store that stays mlflow's default would be that of all tests to come, silently."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before
+
+
+@pytest.fixture(autouse=True)
+def _own_working_directory(_leaves_no_store_behind, tmp_path, monkeypatch):
     """A job writes to `mlruns/` of its working directory: never to that of the repository."""
     monkeypatch.chdir(tmp_path)

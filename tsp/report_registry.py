@@ -158,7 +158,8 @@ def _when(time_ms: int) -> str:
 
 
 def _print_rows(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title)
+    # A title that is longer than its table would be folded.
+    table = Table(title=title, min_width=len(title))
     for heading in headings:
         table.add_column(heading, overflow="fold")
     for row in rows:

@@ -2,8 +2,8 @@
 
 import itertools
 import json
+import multiprocessing
 import re
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,26 +159,23 @@ def test_a_dry_run_leaves_no_trace(shop):
     assert shop.audit()["decisions"] == []
 
 
+def race(root: Path, name: str, version: str, ready, outcomes) -> None:
+    """One user's process. Both have judged against version 1 before either may decide."""
+    wanted = Wanted(name=name, version=version)
+    outcomes.put(promote(wanted, root=root, measure=lambda *_: ready.wait(timeout=200) and None))
+
+
 def test_of_two_at_once_one_wins_and_the_other_is_told(shop):
     shop.ask("1")
-    ready = threading.Barrier(2)
-    outcomes = []
-
-    def race(version: str) -> None:
-        # Both have judged against version 1 before either may decide.
-        outcomes.append(
-            promote(
-                Wanted(name=shop.name, version=version),
-                root=shop.root,
-                measure=lambda *_: ready.wait(timeout=60) and None,
-            )
-        )
-
-    threads = [threading.Thread(target=race, args=(version,)) for version in ("2", "4")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    # Processes, as two users are: mlflow has one default store per process.
+    spawn = multiprocessing.get_context("spawn")
+    ready, queue = spawn.Barrier(2), spawn.Queue()
+    racers = [spawn.Process(target=race, args=(shop.root, shop.name, version, ready, queue)) for version in ("2", "4")]
+    for racer in racers:
+        racer.start()
+    outcomes = [queue.get(timeout=300) for _ in racers]
+    for racer in racers:
+        racer.join(timeout=60)
     won, lost = sorted((outcome.decision for outcome in outcomes), key=lambda decision: decision.outcome)
     assert (won.outcome, lost.outcome) == ("accepted", "refused")
     assert lost.refusal == f"champion went from version 1 to {won.version} in the meantime: decide again"
