@@ -81,14 +81,22 @@ def diff(first: str, second: str, as_json: bool, debug: bool) -> None:
 @click.command(cls=Command)
 @_model
 @click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["hf", "gguf"]),
+    default="hf",
+    show_default=True,
+    help="A Hugging Face folder, or model.gguf for llama.cpp.",
+)
 @_json
 @_debug
-def export(model: str, output: Path, as_json: bool, debug: bool) -> None:
-    """Write a registered version as a plain Hugging Face folder OUTPUT, its hashes checked."""
+def export(model: str, output: Path, file_format: str, as_json: bool, debug: bool) -> None:
+    """Write a registered version into a folder OUTPUT, its hashes checked."""
     with exit_codes(debug=debug), stdout_kept_clean() as stdout:
         from tsp.export import export as write
 
-        document = write(model, output, root=Path.cwd())
+        document = write(model, output, file_format=file_format, root=Path.cwd())
         if as_json:
             print(json.dumps(document), file=stdout)
         else:

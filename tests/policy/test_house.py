@@ -32,7 +32,8 @@ TEST_EXTRA = {
     canonicalize_name(Requirement(line).name): Requirement(line) for line in PROJECT["optional-dependencies"]["test"]
 }
 
-YAMLS = sorted((REPOSITORY / "tsp").rglob("*.yaml"))
+# All but the one that holds no settings.
+YAMLS = sorted(set((REPOSITORY / "tsp").rglob("*.yaml")) - {REPOSITORY / "tsp" / "gguf_words.yaml"})
 EXPERIMENTS = sorted((REPOSITORY / "experiments").glob("*.yaml"))
 JSONS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 

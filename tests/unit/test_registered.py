@@ -122,6 +122,16 @@ def test_an_exported_folder_is_what_was_registered_and_loads_without_mlflow(site
         export("models:/small@champion", site / "out", root=site)
 
 
+def test_an_exported_gguf_file_is_read_as_the_same_model(site):
+    pytest.importorskip("gguf")
+    document = export("models:/small@champion", site / "out", file_format="gguf", root=site)
+    assert (document["files"], [path.name for path in (site / "out").iterdir()]) == (1, ["model.gguf"])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    tokens = torch.arange(40)[None]
+    wanted, found = load(files_of("1")), load(site / "out", gguf_file="model.gguf")
+    assert torch.equal(found(tokens).logits, wanted(tokens).logits)
+
+
 def damage(folder):
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
 
@@ -134,14 +144,15 @@ def add(folder):
     (folder / "modeling.py").write_text("print('mine')")
 
 
+@pytest.mark.parametrize("file_format", ["hf", "gguf"])
 @pytest.mark.parametrize(
     ("change", "found"),
     [(damage, "config.json changed"), (take_away, "tokenizer.json is gone"), (add, "modeling.py was added")],
 )
-def test_files_that_were_not_registered_are_not_exported(site, change, found):
+def test_files_that_were_not_registered_are_not_exported(site, change, found, file_format):
     change(files_of("1"))
     with pytest.raises(ModelError, match=re.escape(found)):
-        export("models:/small/1", site / "out", root=site)
+        export("models:/small/1", site / "out", file_format=file_format, root=site)
     assert sorted(path.name for path in site.iterdir()) == ["mlruns"]
 
 

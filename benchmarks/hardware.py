@@ -1,0 +1,143 @@
+"""From which ratio dropping layers pays on this machine: prompt and generation, dense against pruned, by batch.
+
+    python benchmarks/hardware.py [--shape 135m] [--batch 1,64] [--prompt 32] [--new 8] [--rounds 3] [--json]
+
+A Llama of the shape with random weights: speed does not depend on what they say, nor on which layers are missing. All
+ratios take turns, so that a busy minute hits each of them; medians. The limit is Amdahl's: what would be left if a
+dropped layer took all of its time along, by the time of the model without any layer. Prints a table in Markdown.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+
+import torch
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+RATIOS = (0.0, 0.125, 0.25, 0.375, 0.5, 1.0)
+# Sizes of SmolLM-135M, Qwen2.5-0.5B, Llama-3.2-1B and Llama-2-7B: layers, hidden, MLP, heads, key heads, vocabulary.
+SHAPES = {
+    "135m": (30, 576, 1536, 9, 3, 49152),
+    "0.5b": (24, 896, 4864, 14, 2, 151936),
+    "1b": (16, 2048, 8192, 32, 8, 128256),
+    "7b": (32, 4096, 11008, 32, 32, 32000),
+}
+TARGET = 0.97
+"""Of the limit, at a quarter of the layers."""
+
+
+def build(shape: str, positions: int, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+    layers, hidden, mlp, heads, key_heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads,
+        num_key_value_heads=key_heads, vocab_size=vocabulary, max_position_embeddings=positions,
+        tie_word_embeddings=vocabulary > 100_000,
+    )  # fmt: skip
+    with torch.device(device):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def seconds(model: LlamaForCausalLM, tokens_BT: torch.Tensor, num_new: int) -> tuple[float, float]:
+    """Of a prompt, and of one new token after it."""
+    times = [clock(tokens_BT.device)]
+    cache, step_BT = None, tokens_BT
+    with torch.no_grad():
+        for _ in range(1 + num_new):
+            out = model(step_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, step_BT = out.past_key_values, out.logits.argmax(-1)
+            times.append(clock(tokens_BT.device))
+    return times[1] - times[0], (times[-1] - times[1]) / num_new
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measure(model: LlamaForCausalLM, tokens_BT: torch.Tensor, num_new: int, rounds: int) -> dict:
+    """Median seconds of (prompt, token) for each ratio."""
+    whole = model.model.layers
+    found = defaultdict(list)
+    for number in tqdm(range(1 + rounds), desc=f"batch {len(tokens_BT)}", unit="round", leave=False):
+        for ratio in RATIOS:
+            model.model.layers = whole[: len(whole) - round(ratio * len(whole))]
+            model.config.num_hidden_layers = len(model.model.layers)
+            measured = seconds(model, tokens_BT, num_new)
+            if number:  # The first round warms up.
+                found[1 - len(model.model.layers) / len(whole)].append(measured)
+    model.model.layers, model.config.num_hidden_layers = whole, len(whole)
+    return {ratio: tuple(map(statistics.median, zip(*rows, strict=True))) for ratio, rows in found.items()}
+
+
+def table_of(batch: int, num_prompt: int, found: dict) -> list[dict]:
+    """Times as fast as the dense model, and the limit, for each ratio that leaves a model."""
+    rows = []
+    for ratio in [*found][:-1]:
+        row = {"batch": batch, "ratio": ratio}
+        for kind, number, tokens in (("prompt", 0, batch * num_prompt), ("generation", 1, batch)):
+            dense_s, empty_s = found[0.0][number], found[1.0][number]
+            row[f"{kind}_tokens_per_s"] = tokens / found[ratio][number]
+            row[f"{kind}_speedup"] = dense_s / found[ratio][number]
+            row[f"{kind}_limit"] = dense_s / (dense_s - ratio * (dense_s - empty_s))
+        rows.append(row)
+    return rows
+
+
+def print_markdown(rows: list[dict]) -> None:
+    print("| batch | dropped | prompt, tokens/s | times dense | limit | generation, tokens/s | times dense | limit |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        cells = [f"{row['batch']}", f"{100 * row['ratio']:.1f} %"]
+        for kind in ("prompt", "generation"):
+            cells += [f"{row[f'{kind}_tokens_per_s']:,.1f}", f"{row[f'{kind}_speedup']:.2f}"]
+            cells += [f"{row[f'{kind}_limit']:.2f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--batch", default="1,64", help="sequences at once, a comma list")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=8, help="tokens to generate")
+    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--json", action="store_true", help="print rows for benchmarks/results.json")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    model = build(args.shape, args.prompt + args.new, device, dtype)
+    rows = []
+    for batch in map(int, args.batch.split(",")):
+        tokens_BT = torch.randint(model.config.vocab_size, (batch, args.prompt), device=device)
+        rows += table_of(batch, args.prompt, measure(model, tokens_BT, args.new, args.rounds))
+    if not args.json:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        print(f"{args.shape}, {name}, {str(dtype).removeprefix('torch.')}, {args.prompt} + {args.new} tokens\n")
+        print_markdown(rows)
+        return
+    quarter = min((row["ratio"] for row in rows), key=lambda ratio: abs(ratio - 0.25))
+    checks = [
+        (f"{kind}_speedup_of_limit_batch_{row['batch']}", row[f"{kind}_speedup"] / row[f"{kind}_limit"])
+        for row in rows
+        if row["ratio"] == quarter
+        for kind in ("prompt", "generation")
+    ]
+    print(
+        json.dumps(
+            [
+                {"name": name, "value": round(value, 3), "target": TARGET, "op": ">=", "ok": value >= TARGET}
+                for name, value in checks
+            ]
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
