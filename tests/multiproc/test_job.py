@@ -193,6 +193,7 @@ def test_the_registered_model_generates(job, client):
     assert len(words) > 5, "something was written"
 
 
+@pytest.mark.slow
 def test_a_number_of_layers_that_two_ranks_find(inputs, launch, tmp_path):
     """Held against a plain loop over the saved models, on the text that the job set aside."""
     from transformers import AutoModelForCausalLM
@@ -236,6 +237,7 @@ def test_a_number_of_layers_that_two_ranks_find(inputs, launch, tmp_path):
     assert ratio == pytest.approx(ratios[len(result["dropped"])], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_speed_that_cannot_be_reached_ends_with_exit_code_3(inputs, launch, tmp_path):
     model, corpus = inputs
     done = launch(

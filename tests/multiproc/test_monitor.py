@@ -183,6 +183,7 @@ def test_a_person_sees_the_slices_and_where_to_look(looks):
         assert words in looks[2].stdout
 
 
+@pytest.mark.slow
 def test_two_ranks_say_the_same_once(site, looks, launch):
     root, _, _ = site
     done = launch(

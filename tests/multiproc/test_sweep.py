@@ -153,6 +153,7 @@ def test_a_second_start_does_what_is_left_below_the_same_parent(sweep, prune, cl
     assert parent.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_gives(sweep, prune, tmp_path):
     words = ("--method", "tail,tsp", "--ratio", "0.4", "--set", "transfer=finetune")
     more = ("--set", "stage2.trainable=[lora, full]", "--set", "budget_s=[null, 4]", "--experiment", "two")

@@ -54,6 +54,7 @@ def test_the_ranks_agree_on_what_is_tried_and_stopped(found):
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
+@pytest.mark.slow
 def test_prune_takes_the_file_and_gives_the_trials_loss(found, launch):
     root, _, document = found
     words = ("--config", "tuned.yaml", "--output", "out", "--set", "save=false")

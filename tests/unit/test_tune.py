@@ -155,6 +155,7 @@ def test_tuning_text_decides_and_evaluation_text_does_not(done, search, given, t
     assert otherwise != first
 
 
+@pytest.mark.slow
 def test_trials_that_are_not_worth_their_time_are_stopped(search, root, tmp_path):
     trials = search(tmp_path, {"stage2.lr": [1e-3, 0.3, 1e30]}, trials=9)["trials"]
     stopped = [trial for trial in trials if trial["state"] == "pruned"]
