@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.models import REPOSITORY
+from tsp import evidence
 from tsp.errors import ConfigError
 from tsp.policy import (
+    VS_CHAMPION,
     Requirement,
     check_alias,
     check_model_name,
@@ -181,3 +184,10 @@ def test_the_default_name_is_always_one(base_model):
 )
 def test_the_default_name_is_that_of_the_model(base_model, name):
     assert default_model_name(base_model) == name
+
+
+def test_the_policy_of_the_docs_asks_for_values_that_are_measured():
+    policy = read_policy(REPOSITORY / "docs" / "policy.yaml")
+    assert set(policy.requirements) == {"candidate", "shadow", "champion", "monitor"}
+    names = {one.name.removeprefix(VS_CHAMPION) for rows in policy.requirements.values() for one in rows}
+    assert not [name for name in names if f"`{name}`" not in evidence.__doc__]
