@@ -95,6 +95,7 @@ def gate_trajectories(
             color=DOOMED if gone else KEPT,
             linewidth=1.8 if gone else 0.9,
             alpha=1.0 if gone else 0.7,
+            drawstyle="steps-post",  # A hard gate is never between 0 and 1.
             marker="o" if len(steps) == 1 else None,
         )
     last = len(steps) - 1 if stage_boundary is None else max(int(np.searchsorted(steps, stage_boundary)) - 1, 0)

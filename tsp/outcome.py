@@ -214,6 +214,8 @@ def _log_figures(tracker: Tracker, outcome: Outcome, output: Path, name: str) ->
     for end in sorted({1, *range(stride, len(history), stride), len(history)}):
         picture = gate_heatmap(folder / "gate_heatmap.png", gates_SL[:end], steps=steps[:end], doomed=doomed)
         tracker.image(picture, key="gates/heatmap", step=steps[end - 1])
+    # Nor does it say which step is the last.
+    tracker.artifact(picture, folder="figures")
     boundary = next((step for step, stage, _ in history if stage == "stage2"), None)
     trajectories = gate_trajectories(
         folder / "gate_trajectories.png",

@@ -11,6 +11,7 @@ import pytest
 from tsp.errors import PromotionError
 from tsp.policy import Verdict
 from tsp.tracking import promotion
+from tsp.tracking.note import note_for
 from tsp.tracking.promotion import Decision, decisions, experiment_of, holder, locked, move, recorded
 from tsp.tracking.store import open_store, resolve_uri
 
@@ -165,3 +166,10 @@ def test_a_decision_has_no_credentials_in_it(client):
     assert made.reason == "see https://***@host/ticket"
     written = client.download_artifacts(made.run_id, "decision.json")
     assert json.loads(Path(written).read_text())["reason"] == made.reason
+
+
+def test_the_experiments_of_a_model_say_how_to_read_them():
+    assert "One run is one decision about small**" in note_for("small/promotions")
+    assert "One run is one look at small in use**" in note_for("small/monitoring")
+    assert "measurement of a version of small**" in note_for("small/evaluations")
+    assert note_for("small").startswith("**One run is one job**")

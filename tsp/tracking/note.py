@@ -32,6 +32,31 @@ averages over seeds and says which differences are more than chance.
 """
 
 
+_OF_A_MODEL = {
+    "/promotions": """\
+**One run is one decision about MODEL**: an alias moved to a version, or did not. Its name says which, its artifact
+`requirements.json` what was asked, measured and found, `decision.json` all of it.
+
+**Columns to show:** tags `decision` (accepted, refused), `alias`, `version`, `previous`, `reason`, `refusal`, `who`,
+`policy`, `evidence` (the runs that measured). Metrics are the measured values under the names that requirements use.
+`tsp audit "MODEL"` prints the same as a table, and whether aliases and files are as decided.
+""",
+    "/monitoring": """\
+**One run is one look at MODEL in use** (`tsp monitor`): what it was asked, how far it is from the model it is compared
+with. Metrics stand at the number of the look, so that a chart over all runs shows them over time: `kl`, `top1`, `loss`,
+`repetition`, and by slice. `requirements.json` has the bounds, `monitoring.json` all of it.
+""",
+    "/evaluations": """\
+**One run is one later measurement of a version of MODEL**, made by `tsp promote --evaluate`: evidence for a decision in
+`MODEL/promotions`. The artifact `evaluation.json` has all figures.
+""",
+}
+"""By the end of the experiment's name."""
+
+
 def note_for(experiment: str) -> str:
     """The note of one experiment."""
+    for suffix, note in _OF_A_MODEL.items():
+        if experiment.endswith(suffix):
+            return note.replace("MODEL", experiment.removesuffix(suffix))
     return NOTE.replace("EXPERIMENT", experiment)
