@@ -209,14 +209,15 @@ def _prune(options: dict[str, Any], world_size: int) -> None:
     if configs[0][0]:
         _sweep(options, configs, world_size)
         return
-    job = prepare(configs[0][1], ds_path, output, root=root, world_size=world_size)
+    resume = options["resume"]
+    job = prepare(configs[0][1], ds_path, output, root=root, world_size=world_size, resume=bool(resume))
     if options["dry_run"]:
         if is_first_rank():
             print_plan(job)
         return
     from tsp.pipeline import prune
 
-    result, links = prune(job, root)
+    result, links = prune(job, root, resume)
     if is_first_rank():
         from tsp.tracking.store import resolve_uri, shown
 

@@ -179,10 +179,12 @@ class Preparation:
             self._droppable.add(key)
 
 
-def prepare(config: JobConfig, ds_path: Path, output: Path | None, *, root: Path, world_size: int) -> Job:
-    """Check a single job; see `Preparation.job`."""
+def prepare(
+    config: JobConfig, ds_path: Path, output: Path | None, *, root: Path, world_size: int, resume: bool = False
+) -> Job:
+    """Check a single job; see `Preparation.job`. Whose folder `output` is, is seen later of one that goes on."""
     preparation = Preparation(ds_path, root=root, world_size=world_size)
-    if output is not None:
+    if output is not None and not resume:
         require_new(output)
     return preparation.job(config, output)
 

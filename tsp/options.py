@@ -104,6 +104,7 @@ _OF_ITS_RESULT = [
     click.option("--register", metavar="NAME", help="Name in the model registry [<model>-pruned]."),
     click.option("--no-register", is_flag=True, help="Do not register the pruned model."),
     click.option("--output", type=click.Path(path_type=Path), help="New folder [mlruns/output/<run id>]."),
+    click.option("--resume", metavar="RUN_ID|latest", help="Go on with an unfinished run of the same job."),
 ]
 
 
@@ -178,6 +179,8 @@ def configs_from_options(options: Mapping[str, Any]) -> "list[tuple[dict[str, An
                 raise ConfigError(f"{error} (in the job {in_words(choice)})" if choice else str(error)) from None
             # Two places of the grids may be the same job: without layers to drop there is but one ratio.
             jobs.setdefault(config, choice)
+    if any(jobs.values()) and options.get("resume") not in (None, "latest"):
+        raise ConfigError("--resume RUN_ID is for a single job; a sweep goes on when the same command is repeated")
     return [(choice, config) for config, choice in jobs.items()]
 
 

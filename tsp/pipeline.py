@@ -21,14 +21,17 @@ from tsp.decoder import Decoder
 from tsp.engine import Engine
 from tsp.evaluation.state import Exam, evaluate_state
 from tsp.job import Job
+from tsp.journal import Journal
 from tsp.machine import put_back
 from tsp.methods import transfer_check, transfer_verb
 from tsp.methods.base import Bench
 from tsp.outcome import Outcome, publish
 from tsp.progress import logging_to
 from tsp.records import DropReport, Evaluation, Scores, Selection
+from tsp.resume import resumed
 from tsp.shared import Shared, Stopwatch
 from tsp.tracked import open_run, tracked
+from tsp.tracking.earlier import OUTPUT_TAG, RESUMED_TAG, EarlierRun
 from tsp.tracking.null import NullTracker
 from tsp.tracking.run import Tracker
 
@@ -38,24 +41,31 @@ MODEL = "model"
 """The key of the loaded model among what jobs share."""
 
 
-def prune(job: Job, root: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def prune(job: Job, root: Path, resume: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     """Run the job on this rank; the same call on every rank.
 
     Args:
         job: from `job.prepare`.
         root: working directory; the embedded store is `mlruns/` below it.
+        resume: run id, or `latest`: go on with that run of the same job.
 
     Returns:
         The content of `result.json`, and on rank 0 where to look at the run in MLflow's UI.
     """
     engine = Engine.start(job.config, job.sharding)
-    result, links = run_job(job, engine, root, Shared())
+    earlier = engine.on_first(lambda: resumed(job, root, resume)) if resume else None
+    result, links = run_job(job, engine, root, Shared(), earlier=earlier)
     engine.stop()
     return result, links
 
 
 def run_job(
-    job: Job, engine: Engine, root: Path, shared: Shared, parent: str | None = None
+    job: Job,
+    engine: Engine,
+    root: Path,
+    shared: Shared,
+    parent: str | None = None,
+    earlier: EarlierRun | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """One job as one MLflow run; however it ends, the run says so.
 
@@ -65,18 +75,32 @@ def run_job(
         root: working directory.
         shared: what the jobs before this one have left.
         parent: run id of the sweep.
+        earlier: the run to go on with.
 
     Returns:
         As `prune`.
     """
-    with tracked(engine, lambda: open_run(job, engine, root, parent)) as (tracker, run_id):
-        output = (job.output or root / "mlruns" / "output" / run_id).absolute()
+    resume = earlier.run_id if earlier else None
+    with tracked(engine, lambda: open_run(job, engine, root, parent, resume=resume)) as (tracker, run_id):
+        output = earlier.output if earlier else (job.output or root / "mlruns" / "output" / run_id).absolute()
+        tracker.tags({OUTPUT_TAG: output})
+        if earlier:
+            tracker.tags({RESUMED_TAG: "yes"})
         with logging_to(output / "job.log" if engine.is_first else None):
-            result = _run(job, engine, tracker, output, shared)
+            journal = Journal.open(output / "state" / "journal.jsonl", engine, lambda: job.hash)
+            result = _run(job, engine, tracker, output, shared, journal)
     return result, tracker.links()
 
 
-def make_bench(job: Job, engine: Engine, tracker: Tracker | NullTracker, *, shared: Shared, watch: Stopwatch) -> Bench:
+def make_bench(
+    job: Job,
+    engine: Engine,
+    tracker: Tracker | NullTracker,
+    *,
+    shared: Shared,
+    watch: Stopwatch,
+    journal: Journal | None = None,
+) -> Bench:
     """What a method works with; the model is loaded if no job before this one did."""
     load_model = partial(_load, job, engine)
     return Bench(
@@ -88,6 +112,7 @@ def make_bench(job: Job, engine: Engine, tracker: Tracker | NullTracker, *, shar
         load_again=load_model,
         protected=job.protected,
         read_by_others=job.source.read_by_others,
+        journal=journal or Journal(),
     )
 
 
@@ -101,9 +126,11 @@ def transfer(job: Job, bench: Bench, doomed: tuple[int, ...], watch: Stopwatch) 
         move(bench, doomed, save_dtype=job.source.dtype)
 
 
-def _run(job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path, shared: Shared) -> dict[str, Any]:
+def _run(
+    job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path, shared: Shared, journal: Journal
+) -> dict[str, Any]:
     watch, started = Stopwatch(), time.perf_counter()
-    new_bench = partial(make_bench, job, engine, shared=shared, watch=watch)
+    new_bench = partial(make_bench, job, engine, shared=shared, watch=watch, journal=journal)
     bench, trial, curve = new_bench(tracker), None, []
     model = bench.decoder.model
     weights_gib = engine.weights_gib(model)

@@ -23,7 +23,8 @@ from tsp.grid import in_words
 from tsp.job import Job, Preparation
 from tsp.pipeline import run_job
 from tsp.shared import Shared
-from tsp.tracked import JOB_HASH, tracked
+from tsp.tracked import tracked
+from tsp.tracking.earlier import JOB_HASH
 from tsp.tracking.results import KIND_TAG, finished_jobs, runs_by_tag
 from tsp.tracking.run import Tracker, start_run
 

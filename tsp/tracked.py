@@ -15,12 +15,11 @@ from tsp.config import flatten
 from tsp.engine import Engine
 from tsp.job import Job
 from tsp.masking import masked_tree
+from tsp.tracking.earlier import JOB_HASH
 from tsp.tracking.null import NullTracker
 from tsp.tracking.results import KIND_TAG
 from tsp.tracking.run import Tracker, start_run
 
-JOB_HASH = "job_hash"
-"""Tag by which a sweep knows the jobs that are done."""
 _VERSIONED = ("torch", "deepspeed", "transformers", "mlflow")
 
 
@@ -53,7 +52,12 @@ def tracked(engine: Engine, start: Callable[[], Tracker]) -> Iterator[tuple[Trac
 
 
 def open_run(
-    job: Job, engine: Engine, root: Path, parent: str | None = None, kind: Literal["job", "trial"] = "job"
+    job: Job,
+    engine: Engine,
+    root: Path,
+    parent: str | None = None,
+    kind: Literal["job", "trial"] = "job",
+    resume: str | None = None,
 ) -> Tracker:
     """Start the run, below its sweep's if it has a parent, and log everything that is known before the first step."""
     config, source = job.config, job.source
@@ -68,6 +72,8 @@ def open_run(
         experiment=config.tracking.experiment,
         run_name=varied or config.tracking.run_name or name,
         parent=parent,
+        resume=resume,
+        replays=resume is not None,
         tags={
             "method": config.prune.method,
             "transfer": config.transfer,

@@ -53,7 +53,7 @@ FLOORS = {
         "tsp.source",
         "tsp.surgery",
     ),
-    "machines": ("tsp.engine", "tsp.mounted", "tsp.tracking", "tsp.training"),
+    "machines": ("tsp.engine", "tsp.journal", "tsp.mounted", "tsp.tracking", "tsp.training"),
     "methods": ("tsp.methods",),
     "whole": (
         "tsp.advise",
@@ -78,6 +78,7 @@ FLOORS = {
         "tsp.quantize",
         "tsp.registered",
         "tsp.remeasure",
+        "tsp.resume",
         "tsp.saving",
         "tsp.search",
         "tsp.space",

@@ -121,6 +121,7 @@ def test_prune_and_its_launcher_take_the_same_options():
         (["--max-ppl-ratio", "2", "--set", "data.tuning_blocks=0"], "measured on data.tuning_blocks sequences, got 0"),
         (["--min-speedup", "2", "--set", "eval.speed_runs=0"], "measured in eval.speed_runs passes, got 0"),
         (["--drop", "3,x"], "--drop must be layer numbers joined by commas, like 3,7,9, got '3,x'"),
+        (["--ratio", "0.25,0.5", "--resume", "0" * 32], "a sweep goes on when the same command is repeated"),
         (["--register", "a", "--no-register"], "give one of --register and --no-register"),
         (["--register", "models:/a"], "not end in a space or .lock; got 'models:/a'"),
         (["--register", ""], "not end in a space or .lock; got ''"),

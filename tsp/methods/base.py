@@ -15,6 +15,7 @@ from tsp.config import JobConfig
 from tsp.decoder import Decoder
 from tsp.engine import Engine
 from tsp.evaluation.perplexity import window_losses
+from tsp.journal import Journal, digest_of
 from tsp.mounted import Mounted
 from tsp.records import Scores
 from tsp.training import StepStats
@@ -43,6 +44,8 @@ class Bench:
     protected: Collection[int] = ()
     read_by_others: Collection[int] = ()
     """Layers whose keys and values later ones read (`source.Source`): they always have to run."""
+    journal: Journal = field(default_factory=Journal)
+    """What this job has measured before it was interrupted."""
     gate_history: list[tuple[int, str, list[float]]] = field(default_factory=list)
     """`(global step, stage, gates [L])` of every logged step, for the figures."""
     logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -63,10 +66,16 @@ class Bench:
 
     def loss_without(self, bypassed: Collection[int], blocks_NT: Tensor, name: str | None = None) -> float:
         """Mean cross-entropy on some blocks with these layers bypassed, nats per token; the same on every rank."""
-        assert self.model is not None, "measured while it is mounted"
-        sharing = self.engine.sharing(self.config.eval.batch_size)
-        with self.decoder.bypassing(bypassed):
-            return float(window_losses(self.model, blocks_NT, **sharing, name=name).mean())
+        model = self.model
+        assert model is not None, "measured while it is mounted"
+
+        def measured() -> list[float]:
+            sharing = self.engine.sharing(self.config.eval.batch_size)
+            with self.decoder.bypassing(bypassed):
+                return [float(window_losses(model, blocks_NT, **sharing, name=name).mean())]
+
+        question = {"without": sorted(bypassed), "blocks": digest_of(blocks_NT), "trained": self.trained_tokens}
+        return self.journal.once(question, measured)[0]
 
     def log(self, stage: str, stats: StepStats, gates: list[float], more: Mapping[str, float] | None = None) -> None:
         """Log one step of a stage under the metric names of the contract, and count it."""

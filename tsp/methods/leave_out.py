@@ -13,6 +13,7 @@ from torch import Tensor
 from tsp.data import evenly_spread
 from tsp.evaluation.perplexity import mean_losses
 from tsp.evaluation.windows import per_window
+from tsp.journal import digest_of
 from tsp.methods.base import Bench
 from tsp.progress import phase
 from tsp.records import Scores
@@ -67,14 +68,16 @@ def losses_without(
     Without a name, no progress is shown: there is a phase around it that does.
     """
     if bench.config.prune.reuse_prefix and not bench.read_by_others:
-        return _losses_reusing_prefix(bench, gone, candidates, blocks_NT, name)
+        question = {"gone": sorted(gone), "candidates": list(candidates), "blocks": digest_of(blocks_NT)}
+        found = bench.journal.once(question, lambda: _losses_reusing_prefix(bench, gone, candidates, blocks_NT, name))
+        return dict(zip(candidates, found, strict=True))
     shown = phase(candidates, name, len(candidates), show=bench.engine.is_first) if name else candidates
     return {index: bench.loss_without({*gone, index}, blocks_NT) for index in shown}
 
 
 def _losses_reusing_prefix(
     bench: Bench, gone: Collection[int], candidates: Sequence[int], blocks_NT: Tensor, name: str | None
-) -> dict[int, float]:
+) -> list[float]:
     """The same, batch by batch; on a rank, the hidden states of one batch are held at a time, `L x [b, T, D]`."""
     assert bench.model is not None
     model, decoder = bench.model, bench.decoder
@@ -91,4 +94,4 @@ def _losses_reusing_prefix(
     sharing = bench.engine.sharing(bench.config.eval.batch_size)
     with decoder.bypassing(gone):
         losses_KN = per_window(losses, blocks_NT, **sharing, name=name).T.contiguous()
-    return {index: float(losses_KN[column].mean()) for column, index in enumerate(candidates)}
+    return [float(losses_N.mean()) for losses_N in losses_KN]

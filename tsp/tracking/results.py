@@ -81,7 +81,7 @@ def finished_jobs(root: Path, experiment: str | None) -> list[FinishedJob]:
     client = MlflowClient(uri)
     try:
         _require_experiment(client, name)
-        runs = _runs(root, name, "")
+        runs = search_runs(root, name, "")
         done = [run for run in reversed(runs) if run.info.status == "FINISHED" and _is_job(run)]
         read = [_finished_job(client, run) for run in done]
     except MlflowException as error:
@@ -105,11 +105,11 @@ def runs_by_tag(root: Path, experiment: str | None, tag: str, *, status: str | N
         tag: runs without it are left out.
         status: `FINISHED`, `FAILED`, ...; None: any.
     """
-    runs = _runs(root, experiment_name(experiment), f"attributes.status = '{status}'" if status else "")
+    runs = search_runs(root, experiment_name(experiment), f"attributes.status = '{status}'" if status else "")
     return {run.data.tags[tag]: run.info.run_id for run in reversed(runs) if tag in run.data.tags}
 
 
-def _runs(root: Path, experiment: str, condition: str) -> "list[Run]":
+def search_runs(root: Path, experiment: str, condition: str) -> "list[Run]":
     """The newest first; none where there is no such experiment."""
     from mlflow import MlflowClient
 

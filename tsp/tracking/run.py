@@ -24,8 +24,9 @@ from tsp.errors import TrackingError
 from tsp.masking import masked
 from tsp.tracking.null import NullTracker, Status
 from tsp.tracking.spool import Spool, now_ms
-from tsp.tracking.store import ensure_experiment, open_store, resolve_uri, shown, spool_folder
+from tsp.tracking.store import ensure_experiment, find_run, open_store, resolve_uri, shown, spool_folder
 from tsp.tracking.system_metrics import SystemMetrics
+from tsp.tracking.told import last_steps
 from tsp.tracking.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -68,14 +69,17 @@ class Tracker:
         self.uri = uri
         self._owns_run = owns_run
         self._open = True
+        self._told: dict[str, int] = {}
         self._spool = Spool(spool_folder(root), self.run_id, uri, owns_run=owns_run)
         self._watcher = Watcher(self.run_id, spool_folder(root)) if owns_run else None
         self._system_metrics = SystemMetrics(self.metrics, run.info.start_time)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log numbers of one step. Keys are grouped in the charts by all that stands before the last slash."""
-        numbers = {_key(name): float(value) for name, value in values.items()}
-        self._spool.append({"kind": "metrics", "values": numbers, "step": int(step), "time_ms": now_ms()})
+        named = {_key(name): float(value) for name, value in values.items()}
+        numbers = {key: value for key, value in named.items() if step > self._told.get(key, -1)}
+        if numbers:
+            self._spool.append({"kind": "metrics", "values": numbers, "step": int(step), "time_ms": now_ms()})
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log settings, flat. A param cannot be changed once it is logged; values are cut at 6,000 characters."""
@@ -171,6 +175,15 @@ class Tracker:
         """
         return links_of(self.uri, self.experiment_id, self.run_id, base_url)
 
+    def _go_on(self, client: "MlflowClient", *, replays: bool) -> None:
+        """The run is RUNNING again, and has not failed."""
+        owed = self._spool.owed()  # Before the run is read: what is delivered meanwhile is in one of them.
+        run = client.get_run(self.run_id)
+        if replays:
+            self._told = last_steps(run, owed)
+        self._spool.append({"kind": "status", "status": "RUNNING", "time_ms": now_ms()})
+        self.tags({FAILURE_TAG: ""})
+
     def _append_file(self, kind: str, copy: Path, **fields: Any) -> None:
         self._spool.append({"kind": kind, "file": str(copy.relative_to(self._spool.files)), **fields})
 
@@ -196,6 +209,7 @@ def start_run(
     tags: Mapping[str, str],
     params: Mapping[str, Any],
     resume: str | None = None,
+    replays: bool = False,
     parent: str | None = None,
 ) -> Tracker:
     """Open the store and a run in it. Call it on rank 0 only.
@@ -210,6 +224,7 @@ def start_run(
         tags: added to mlflow's usual ones (user, source, git commit).
         params: flat settings.
         resume: id of a run of ours to go on with; it is RUNNING again, and closed by us.
+        replays: what goes on does again what it has done: points that the run has are not told once more.
         parent: id of the run that this one is a child of; a run given by `MLFLOW_RUN_ID` is then the parent's.
 
     Raises:
@@ -226,7 +241,7 @@ def start_run(
     given = None if parent else os.environ.get("MLFLOW_RUN_ID")
     try:
         if resume or given:
-            run = _find_run(client, str(resume or given))
+            run = find_run(client, str(resume or given))
         else:
             experiment_id = ensure_experiment(client, experiment_name(experiment))
             # The address of a git repository may have a token in it.
@@ -237,7 +252,7 @@ def start_run(
         raise TrackingError(f"no run can be opened at {shown(uri)}: {error}") from error
     tracker = Tracker(root, uri, run, held_by, owns_run=bool(resume) or not given)
     if resume:
-        tracker._spool.append({"kind": "status", "status": "RUNNING", "time_ms": now_ms()})
+        tracker._go_on(client, replays=replays)
     tracker.tags(all_tags)
     tracker.params(params)
     return tracker
@@ -246,19 +261,6 @@ def start_run(
 def experiment_name(given: str | None) -> str:
     """What is given, else what the environment says, else `tsp`; without credentials."""
     return masked(given or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT)
-
-
-def _find_run(client: "MlflowClient", run_id: str) -> "Run":
-    """The run to be continued."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        raise TrackingError(f"run {run_id} is not in the store {shown(client.tracking_uri)}") from error
-    if run.info.lifecycle_stage != "active":
-        raise TrackingError(f"run {run_id} is deleted; `mlflow runs restore --run-id {run_id}` brings it back")
-    return run
 
 
 def _tags_from_environment() -> dict[str, str]:

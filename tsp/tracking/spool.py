@@ -97,6 +97,10 @@ class Spool:
         folder.mkdir(parents=True)
         return folder / name
 
+    def owed(self) -> list[Record]:
+        """What MLflow has not acknowledged yet."""
+        return self._file.owed()
+
     @property
     def files(self) -> Path:
         """Folder of the files that wait for delivery."""

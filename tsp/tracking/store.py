@@ -27,6 +27,7 @@ from tsp.tracking.schema import age_of, sqlite_revision
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 log = logging.getLogger(__name__)
 
@@ -276,3 +277,20 @@ def _is_on_network(path: Path) -> bool:
     mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     kind = max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else ""
     return kind.startswith(("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "afs", "fuse.sshfs"))
+
+
+def find_run(client: "MlflowClient", run_id: str) -> "Run":
+    """A run that is to go on.
+
+    Raises:
+        TrackingError: there is none of that id, or it is deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise TrackingError(f"run {run_id} is not in the store {shown(client.tracking_uri)}") from error
+    if run.info.lifecycle_stage != "active":
+        raise TrackingError(f"run {run_id} is deleted; `mlflow runs restore --run-id {run_id}` brings it back")
+    return run

@@ -42,10 +42,13 @@ class SystemMetrics:
         try:
             monitors = _monitors()
             _sample(monitors)  # The first CPU reading is of no period and always 0.
+            last = -1
             while True:
                 stopping = self._stop.wait(self._interval_s)
                 step = int((time.time() - self._start_ms / 1000) / self._interval_s)
-                self._write({f"system/{name}": value for name, value in _sample(monitors).items()}, step)
+                if step > last:  # The sample at the end may fall into the interval of the one before it.
+                    self._write({f"system/{name}": value for name, value in _sample(monitors).items()}, step)
+                last = step
                 if stopping:
                     return
         except Exception as error:  # noqa: BLE001  A collector of mlflow that fails on this machine must not cost the job.
