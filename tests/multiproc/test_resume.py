@@ -87,10 +87,6 @@ def test_a_killed_job_goes_on_to_the_same_end(started, whole, client, moment, mo
     assert run.data.tags["tsp.resumed"] == "yes"
     assert points(client, result["run_id"]) == points(client, expected["run_id"]), "none lost, none doubled"
 
-    again = started(output, "--resume", result["run_id"])
-    assert again.returncode == 2
-    assert again.stderr.splitlines()[-1].startswith(f"error: --resume {result['run_id']}: that run is finished")
-
 
 @pytest.mark.slow
 def test_with_nothing_to_go_on_with_it_starts_anew(started, whole, client):

@@ -136,6 +136,7 @@ def test_parent_and_children_in_the_store(sweep, client):
     assert len(histories) == 1
 
 
+@pytest.mark.slow
 def test_a_second_start_does_what_is_left_below_the_same_parent(sweep, prune, client):
     root, _ = sweep
     before = set(results(root))
@@ -182,6 +183,7 @@ def test_what_is_wrong_with_one_job_is_said_before_any_starts(prune, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_folder_per_job(prune, tmp_path):
     words = ("--method", "tail,random", "--ratio", "0.4", "--set", "save=true", "--output", tmp_path / "out")
     done = prune(tmp_path, *words)
