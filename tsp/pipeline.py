@@ -28,7 +28,7 @@ from tsp.methods.base import Bench
 from tsp.outcome import Outcome, publish
 from tsp.progress import logging_to
 from tsp.records import DropReport, Evaluation, Scores, Selection
-from tsp.resume import resumed
+from tsp.resume import clear, resumed
 from tsp.shared import Shared, Stopwatch
 from tsp.tracked import open_run, tracked
 from tsp.tracking.earlier import OUTPUT_TAG, RESUMED_TAG, EarlierRun
@@ -86,6 +86,7 @@ def run_job(
         tracker.tags({OUTPUT_TAG: output})
         if earlier:
             tracker.tags({RESUMED_TAG: "yes"})
+            engine.on_first(lambda: clear(output))
         with logging_to(output / "job.log" if engine.is_first else None):
             journal = Journal.open(output / "state" / "journal.jsonl", engine, lambda: job.hash)
             result = _run(job, engine, tracker, output, shared, journal)

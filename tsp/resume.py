@@ -1,4 +1,9 @@
-"""`--resume RUN_ID|latest`: the run that a job goes on with, and a folder that it can go on in."""
+"""`--resume RUN_ID|latest`: the run that a job goes on with, and a folder that it can go on in.
+
+earlier = resumed(job, root, "latest")
+...                                     # Open the run: nobody else writes it then.
+clear(earlier.output)
+"""
 
 import logging
 import shutil
@@ -15,7 +20,7 @@ LATEST = "latest"
 
 
 def resumed(job: Job, root: Path, resume: str) -> EarlierRun | None:
-    """Find the run, and clear its folder of what is made anew; rank 0 only.
+    """Find the run; rank 0 only. Nothing is written.
 
     Args:
         job: from `job.prepare`.
@@ -42,7 +47,11 @@ def resumed(job: Job, root: Path, resume: str) -> EarlierRun | None:
         log.warning("--resume latest: no unfinished run of this job; it starts from the beginning")
         return None
     log.warning("run %s goes on", earlier.run_id)
-    for made in ("model", "model-int8", "dense-int8", "result.json"):
-        path = earlier.output / made
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return earlier
+
+
+def clear(output: Path) -> None:
+    """Remove what is made anew. Only while the run is held: it may be that of a job that is alive."""
+    for made in ("model", "model-int8", "dense-int8", "result.json"):
+        path = output / made
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

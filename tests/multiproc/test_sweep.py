@@ -136,7 +136,6 @@ def test_parent_and_children_in_the_store(sweep, client):
     assert len(histories) == 1
 
 
-@pytest.mark.slow
 def test_a_second_start_does_what_is_left_below_the_same_parent(sweep, prune, client):
     root, _ = sweep
     before = set(results(root))

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 
-from tsp.errors import ConfigError
-from tsp.resume import resumed
+from tsp.errors import ConfigError, TrackingError
+from tsp.resume import clear, resumed
 from tsp.tracking.earlier import EarlierRun
 from tsp.tracking.run import start_run
 
@@ -45,6 +45,8 @@ def test_the_newest_unfinished_run_of_the_job(tmp_path, status):
     ended(tmp_path, "FINISHED", tmp_path / "done")
     ended(tmp_path, status, tmp_path / "other", job_hash="f" * 16)
     assert resumed(AJob(), tmp_path, "latest") == EarlierRun(run_id=run_id, output=tmp_path / "new")
+    assert (tmp_path / "new/model").is_dir(), "the run may be that of a job that is alive"
+    clear(tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["job.log", "state"], "made anew"
     assert (tmp_path / "old/model").is_dir()
 
@@ -79,6 +81,14 @@ def test_what_is_refused(tmp_path):
             resumed(AJob(output=output), tmp_path, resume)
     for name in ("done", "other", "killed"):
         assert (tmp_path / name / "model/config.json").is_file(), "a refusal removes nothing"
+
+
+def test_a_run_that_somebody_writes_is_not_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("tsp.tracking.spool.TAKEOVER_S", 0.2)
+    alive = start_run(tmp_path, experiment="resume", run_name=None, tags={}, params={})
+    with pytest.raises(TrackingError, match="is being written by another process"):
+        start_run(tmp_path, experiment="resume", run_name=None, tags={}, params={}, resume=alive.run_id, replays=True)
+    alive.finish("FINISHED")
 
 
 def test_no_point_is_told_twice(tmp_path):
