@@ -23,6 +23,7 @@ _AFTER_THE_ORDER = {
     "stage2",
     "replaceme",
     "eval",
+    "state",
     "tracking",
     "data",
     "budget_s",

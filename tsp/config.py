@@ -24,6 +24,7 @@ from tsp.settings import (
     Section,
     Stage1Config,
     Stage2Config,
+    StateConfig,
     TrackingConfig,
     TrainConfig,
 )
@@ -52,6 +53,7 @@ class JobConfig(Section):
     stage2: Stage2Config = Stage2Config()
     laco: LacoConfig = LacoConfig()
     replaceme: ReplaceMeConfig = ReplaceMeConfig()
+    state: StateConfig = StateConfig()
     tracking: TrackingConfig = TrackingConfig()
     seed: int = Field(0, ge=0)
     """Of the order of the sequences, the adapters' start values and random choices."""

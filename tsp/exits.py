@@ -8,31 +8,31 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from tsp.errors import TspError
+from tsp.interrupts import SIGNALS, Terminated, listen
 from tsp.masking import mask_logs, masked
+
+if TYPE_CHECKING:
+    import psutil
 
 # The launcher kills all ranks when one ends with an error. Rank 0 is to have the word before that.
 _SILENCE_S = 30.0
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM; handled like Ctrl-C, with another exit code."""
 
 
 @contextmanager
 def exit_codes(*, debug: bool = False) -> Iterator[None]:
     """Turn errors and signals of a block into exit codes; only rank 0 prints. No log of the process has credentials."""
     mask_logs()
-    signal.signal(signal.SIGTERM, _terminate)
+    listen()
     try:
         yield
     except KeyboardInterrupt as interrupt:
         code = 143 if isinstance(interrupt, Terminated) else 130
-        _end("interrupted", code, debug=False)
+        _end(" ".join(["interrupted", *map(str, interrupt.args)]), code, debug=False)
     except TspError as error:
         _end(str(error), error.exit_code, debug, error.picture)
     except Exception as error:  # the last line of defence: every failure ends in one line and a code
@@ -40,17 +40,41 @@ def exit_codes(*, debug: bool = False) -> Iterator[None]:
 
 
 def run_passing_signals(command: Sequence[str], *, stdout: TextIO | None = None) -> int:
-    """Run a command to its end, hand SIGTERM and SIGINT on to it, and return its exit code.
+    """Run a `deepspeed` command to its end, hand signals on to its ranks, and return its exit code.
+
+    The launcher itself would leave its ranks 30 s before it kills them, and end with 1. It has a session of its own, so
+    that Ctrl-C in a terminal does not reach it either.
 
     Args:
         command: its words.
         stdout: where its stdout goes; None: ours.
     """
-    child = subprocess.Popen(command, stdout=stdout)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda signum, frame: child.send_signal(signum))
+    import psutil
+
+    child = subprocess.Popen(command, stdout=stdout, start_new_session=True)
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        for process in _ranks_below(child.pid) or [child]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    for number in SIGNALS:
+        signal.signal(number, hand_on)
+    signal.signal(signal.SIGHUP, lambda number, frame: hand_on(signal.SIGTERM, frame))
     code = child.wait()
     return code if code >= 0 else 128 - code
+
+
+def _ranks_below(pid: int) -> "list[psutil.Process]":
+    """What the launcher has started on this node."""
+    import psutil
+
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if any(word.startswith("--local_rank=") for word in process.cmdline()[2:]):
+                found.append(process)
+    return found
 
 
 def run_launched(command: Callable[[], object]) -> NoReturn:
@@ -77,12 +101,8 @@ def run_launched(command: Callable[[], object]) -> NoReturn:
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise Terminated
-
-
 def _end(message: str, code: int, debug: bool, picture: str = "") -> None:
-    if int(os.environ.get("RANK", "0")) > 0 and code < 128:
+    if int(os.environ.get("RANK", "0")) > 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_SILENCE_S)
     if debug:

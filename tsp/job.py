@@ -73,7 +73,7 @@ class Job:
     @property
     def hash(self) -> str:
         """16 hex digits that two jobs share if they do the same: settings, model files and texts, but not the names."""
-        settings = self.config.model_dump(mode="json", exclude={"tracking"})
+        settings = self.config.model_dump(mode="json", exclude={"state", "tracking"})
         given = [path for path in self.source.folder.iterdir() if path.is_file()]
         if self.config.eval.slices:
             given.append(Path(self.config.eval.slices))

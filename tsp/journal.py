@@ -37,7 +37,7 @@ class Journal:
             entries: `question` (16 hex digits) and `values` of each line.
             path: file; None off rank 0.
         """
-        self._job = job
+        self.job = job
         self._entries = list(entries)
         self._path = path
         self._next = 0
@@ -66,7 +66,7 @@ class Journal:
             question: all that the answer depends on and that is not known from the order; JSON.
             measure: called the same on every rank, and the same on every rank is what it returns.
         """
-        digest = hashlib.sha256(json.dumps([self._job, question], sort_keys=True).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps([self.job, question], sort_keys=True).encode()).hexdigest()[:16]
         if self._next < len(self._entries):
             if self._entries[self._next]["question"] == digest:
                 self._next += 1

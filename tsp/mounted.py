@@ -1,9 +1,12 @@
 """A model that can run and train; `engine.Engine.mounted` makes it."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
+from tsp.optimizer_state import set_whole_state, whole_state
 from tsp.targets import token_ids
 
 
@@ -37,6 +40,23 @@ class Mounted:
         if self._engine is not None:
             for group in self._engine.optimizer.param_groups:
                 group["lr"] = lr
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """What is trained and its optimizer's state by name, whole (`optimizer_state.py`); behind a step."""
+        named = self._trained()
+        return whole_state(self._engine, named) if named else iter(())
+
+    def set_state(self, tensors: Mapping[str, Tensor], gathered: Callable[..., AbstractContextManager[None]]) -> None:
+        """Put it back, behind a step at learning rate 0.
+
+        Args:
+            tensors: from `state`.
+            gathered: `Engine.gathered`.
+        """
+        set_whole_state(self._engine, self._trained(), tensors, gathered)
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def release(self) -> None:
         """After a backward pass ZeRO-3 holds whole what is nearest to the input; it goes back into shards."""

@@ -230,7 +230,7 @@ def differing(config: "JobConfig") -> dict[str, Any]:
 
     model_and_method = {"model": {"path": config.model.path}, "prune": {"method": config.prune.method}}
     unstated, wanted = (
-        flatten(given.model_dump(mode="json", exclude={"tracking"}))
+        flatten(given.model_dump(mode="json", exclude={"state", "tracking"}))
         for given in (_config([model_and_method], sweep=False), config)
     )
     return merged(

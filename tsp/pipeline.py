@@ -30,6 +30,7 @@ from tsp.progress import logging_to
 from tsp.records import DropReport, Evaluation, Scores, Selection
 from tsp.resume import clear, resumed
 from tsp.shared import Shared, Stopwatch
+from tsp.states import States
 from tsp.tracked import open_run, tracked
 from tsp.tracking.earlier import OUTPUT_TAG, RESUMED_TAG, EarlierRun
 from tsp.tracking.null import NullTracker
@@ -88,8 +89,11 @@ def run_job(
             tracker.tags({RESUMED_TAG: "yes"})
             engine.on_first(lambda: clear(output))
         with logging_to(output / "job.log" if engine.is_first else None):
-            journal = Journal.open(output / "state" / "journal.jsonl", engine, lambda: job.hash)
-            result = _run(job, engine, tracker, output, shared, journal)
+            state = output / "state"
+            journal = Journal.open(state / "journal.jsonl", engine, lambda: job.hash)
+            kept = States(engine, state, journal.job, job.config.state)
+            result = _run(job, engine, tracker, output, shared, journal, kept)
+            kept.clear()
     return result, tracker.links()
 
 
@@ -101,6 +105,7 @@ def make_bench(
     shared: Shared,
     watch: Stopwatch,
     journal: Journal | None = None,
+    states: States | None = None,
 ) -> Bench:
     """What a method works with; the model is loaded if no job before this one did."""
     load_model = partial(_load, job, engine)
@@ -114,6 +119,7 @@ def make_bench(
         protected=job.protected,
         read_by_others=job.source.read_by_others,
         journal=journal or Journal(),
+        states=states or States(),
     )
 
 
@@ -128,10 +134,16 @@ def transfer(job: Job, bench: Bench, doomed: tuple[int, ...], watch: Stopwatch) 
 
 
 def _run(
-    job: Job, engine: Engine, tracker: Tracker | NullTracker, output: Path, shared: Shared, journal: Journal
+    job: Job,
+    engine: Engine,
+    tracker: Tracker | NullTracker,
+    output: Path,
+    shared: Shared,
+    journal: Journal,
+    kept: States,
 ) -> dict[str, Any]:
     watch, started = Stopwatch(), time.perf_counter()
-    new_bench = partial(make_bench, job, engine, shared=shared, watch=watch, journal=journal)
+    new_bench = partial(make_bench, job, engine, shared=shared, watch=watch, journal=journal, states=kept)
     bench, trial, curve = new_bench(tracker), None, []
     model = bench.decoder.model
     weights_gib = engine.weights_gib(model)

@@ -204,6 +204,13 @@ class ReplaceMeConfig(Section):
     """Pull of the folded map towards the identity, as a share of the mean square of what it is applied to."""
 
 
+class StateConfig(Section):
+    every_minutes: float = Field(10.0, ge=0)
+    """Minutes of training between two training states, from which `--resume` goes on; 0: one after each step."""
+    every_steps: int | None = Field(None, ge=1)
+    """Also one after so many optimizer steps of a stage; None: by the minutes alone."""
+
+
 class TrackingConfig(Section):
     experiment: str | None = None
     """MLflow experiment; None: MLFLOW_EXPERIMENT_NAME, else `tsp`."""

@@ -6,6 +6,7 @@ any number of them, and its losses are means over that batch's tokens, of which 
 
 import itertools
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tsp.config import TrainConfig
 from tsp.engine import Engine
+from tsp.interrupts import NOTHING, Pending, interrupt
 from tsp.mounted import Mounted
 from tsp.targets import share
 
@@ -31,8 +33,11 @@ class StepStats:
     losses: Mapping[str, float]
     """Means over the global batch."""
     seconds: float
+    """Mean over the ranks, which therefore agree."""
     tokens: int
     """Of the global batch."""
+    interrupted: bool = False
+    """A signal has come to some rank: it is the last step."""
 
 
 def train(
@@ -45,10 +50,12 @@ def train(
     seconds: float | None = None,
     seed: int,
     loss: LossFunction,
+    pending: Pending = NOTHING,
+    first_step: int = 0,
     before_step: Callable[[int, int], None] = lambda step, num_steps: None,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> Iterator[StepStats]:
-    """Run `num_steps` steps, or as many as fit into some seconds.
+    """Run `num_steps` steps, or as many as fit into some seconds. A signal ends it behind the step that it comes in.
 
     Args:
         engine: averages the losses over the ranks.
@@ -59,13 +66,17 @@ def train(
         seconds: instead of `num_steps`, by rank 0's clock; at least two steps are done.
         seed: of the order of the blocks.
         loss: of one micro-batch.
+        pending: signals that wait for the end of a step (`interrupts.deferred`).
+        first_step: to begin with, of `num_steps`; what is trained is as it was then.
         before_step: called with the step's number and the number of all steps before its forward passes (schedules);
             of a training in seconds that is an estimate, made anew before each step.
         after_step: called after its backward passes (updates of what DeepSpeed does not train).
+
+    Raises:
+        KeyboardInterrupt: on every rank, where a signal came to one; the step's stats have been yielded.
     """
-    num_micro_batches = config.accumulation
-    estimate = _fixed(num_steps) if seconds is None else _within(engine, num_steps, seconds)
-    for step in itertools.count():
+    estimate = _fixed(num_steps) if seconds is None else _within(engine, num_steps, seconds, first_step)
+    for step in itertools.count(first_step):
         total = estimate(step)
         if step >= total:
             return
@@ -79,13 +90,19 @@ def train(
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float()
         after_step(step)
-        means = engine.mean(torch.stack(list(sums.values())) / num_micro_batches).tolist()
+        # One exchange for all that the ranks have to agree on.
+        losses = torch.stack(list(sums.values())) / config.accumulation
+        own = losses.new_tensor([time.perf_counter() - started, pending.number is not None])
+        *means, mean_seconds, interrupted = engine.mean(torch.cat([losses, own])).tolist()
         yield StepStats(
             step=step,
             losses=dict(zip(sums, means, strict=True)),
-            seconds=time.perf_counter() - started,
+            seconds=mean_seconds,
             tokens=config.batch_size * blocks_NT.shape[1],
+            interrupted=interrupted > 0,
         )
+        if interrupted:
+            raise interrupt(pending.number or signal.SIGTERM)
 
 
 def micro_batches(
@@ -102,18 +119,19 @@ def _fixed(num_steps: int) -> Callable[[int], int]:
     return lambda step: num_steps
 
 
-def _within(engine: Engine, guess: int, seconds: float) -> Callable[[int], int]:
+def _within(engine: Engine, guess: int, seconds: float, first_step: int) -> Callable[[int], int]:
     """The number of steps that fit, from the time of those done; the first is not counted, for it warms up."""
     started = first_done = time.perf_counter()
 
     def estimate(step: int) -> int:
         nonlocal first_done
         now = time.perf_counter()
-        if step <= 1:
+        done = step - first_step
+        if done <= 1:
             first_done = now
-        if step < 2:
-            return max(guess, 2)
-        each = (now - first_done) / (step - 1)
+        if done < 2:
+            return max(guess, first_step + 2)
+        each = (now - first_done) / (done - 1)
         left = max(0.0, seconds - (now - started))
         # Half a step over is as good as half a step under.
         return engine.from_first(step + math.floor(left / each + 0.5))

@@ -1,6 +1,7 @@
-"""`launchers/prune.py` that is killed, launcher and ranks at once, after a step: KILL_AFTER=stage2:3.
+"""`launchers/prune.py` that gets a signal after a step: KILL_AFTER=stage2:3 KILL_SIGNAL=SIGTERM.
 
-The number counts the logged steps of a stage, or with `journal` the measurements.
+The number counts the logged steps of a stage, or with `journal` the measurements. SIGKILL goes to launcher and ranks at
+once, another signal to rank 0 alone.
 """
 
 import os
@@ -12,15 +13,17 @@ from tsp import journal
 from tsp.methods.base import Bench
 
 if __name__ == "__main__":
-    where, _, number = os.environ["KILL_AFTER"].partition(":")
-    left = int(number)
+    where, _, times = os.environ["KILL_AFTER"].partition(":")
+    left, number = int(times), signal.Signals[os.environ["KILL_SIGNAL"]]
     logged, appended = Bench.log, journal._append
 
     def count(place):
         global left
         left -= place == where
-        if left == 0:
-            os.killpg(0, signal.SIGKILL)
+        if left == 0 and number == signal.SIGKILL:
+            os.killpg(0, number)
+        elif left == 0:
+            os.kill(os.getpid(), number)
 
     def log(bench, stage, stats, gates, more=None):
         logged(bench, stage, stats, gates, more)

@@ -12,7 +12,10 @@ pytestmark = pytest.mark.multiproc
 
 PRUNE = REPOSITORY / "launchers/prune.py"
 KILLED = REPOSITORY / "tests/multiproc/killed_prune.py"
-PRESET = {key: value for key, value in SETTINGS.items() if not key.startswith("stage1")} | {"prune.swap_rounds": 1}
+PRESET = {key: value for key, value in SETTINGS.items() if not key.startswith("stage1")} | {
+    "prune.swap_rounds": 1,
+    "state.every_steps": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,11 @@ def whole(started):
     return started.root / "whole"
 
 
+def runs_of(client, output):
+    runs = client.search_runs([client.get_experiment_by_name("resume").experiment_id])
+    return [run for run in runs if run.data.tags["tsp.output"] == str(output)]
+
+
 def points(client, run_id):
     """Step and value of all that the run was told, but for what depends on the clock."""
     names = [name for name in client.get_run(run_id).data.metrics if not name.startswith(("system/", "perf/"))]
@@ -63,25 +71,40 @@ def points(client, run_id):
     }
 
 
-@pytest.mark.parametrize("moment", [pytest.param("journal:2", marks=pytest.mark.slow), "stage2:3"])
-def test_a_killed_job_goes_on_to_the_same_end(started, whole, client, moment, monkeypatch):
-    output = moment.replace(":", "-")
+@pytest.mark.parametrize(
+    ("moment", "name", "code", "known"),
+    [
+        pytest.param("journal:2", "SIGKILL", -signal.SIGKILL, 0, marks=pytest.mark.slow),
+        pytest.param("journal:2", "SIGINT", 130, 0, marks=pytest.mark.slow),
+        pytest.param("stage2:3", "SIGKILL", -signal.SIGKILL, 2, marks=pytest.mark.slow),
+        ("stage2:3", "SIGTERM", 143, 4),
+        pytest.param("stage2:3", "SIGUSR1", 143, 4, marks=pytest.mark.slow),
+        pytest.param("stage2:3", "SIGINT", 130, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_job_goes_on_to_the_same_end(started, whole, client, moment, name, code, known, monkeypatch):
+    output = f"{moment.replace(':', '-')}-{name}"
     monkeypatch.setenv("KILL_AFTER", moment)
-    killed = started(output, script=KILLED)
-    assert killed.returncode == -signal.SIGKILL
+    monkeypatch.setenv("KILL_SIGNAL", name)
+    cut = started(output, script=KILLED)
+    assert cut.returncode == code, cut.stderr[-3000:]
     assert not (started.root / output / "model").exists()
+    if code > 0:
+        assert cut.stderr.count("error: ") == 1
+        [run] = runs_of(client, started.root / output)
+        assert (run.info.status, name in run.data.tags["tsp.failure"]) == ("KILLED", True)
 
     done = started(output, "--resume", "latest")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "measurements of the run before are known" in done.stderr
+    assert (f"stage2: the first {known} steps are known" in done.stderr) == (known > 0)
     expected, result = (json.loads((folder / "result.json").read_text()) for folder in (whole, started.root / output))
     assert result["dropped"] == expected["dropped"]
     assert result["perplexity"] == expected["perplexity"]
     name = "model/model.safetensors"
     assert (started.root / output / name).read_bytes() == (whole / name).read_bytes()
 
-    runs = client.search_runs([client.get_experiment_by_name("resume").experiment_id])
-    [run] = [run for run in runs if run.data.tags["tsp.output"] == str(started.root / output)]
+    [run] = runs_of(client, started.root / output)
     assert (run.info.run_id, run.info.status) == (result["run_id"], "FINISHED")
     assert run.data.tags["tsp.failure"] == ""
     assert run.data.tags["tsp.resumed"] == "yes"
@@ -95,3 +118,4 @@ def test_with_nothing_to_go_on_with_it_starts_anew(started, whole, client):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "--resume latest: no unfinished run of this job; it starts from the beginning" in done.stderr
     assert (started.root / "fresh/result.json").is_file()
+    assert not list((started.root / "fresh/state").glob("*.safetensors")), "what is done needs none"

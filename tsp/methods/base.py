@@ -18,6 +18,7 @@ from tsp.evaluation.perplexity import window_losses
 from tsp.journal import Journal, digest_of
 from tsp.mounted import Mounted
 from tsp.records import Scores
+from tsp.states import State, States, Tensors
 from tsp.training import StepStats
 
 
@@ -46,6 +47,8 @@ class Bench:
     """Layers whose keys and values later ones read (`source.Source`): they always have to run."""
     journal: Journal = field(default_factory=Journal)
     """What this job has measured before it was interrupted."""
+    states: States = field(default_factory=States)
+    """What it has learned before that."""
     gate_history: list[tuple[int, str, list[float]]] = field(default_factory=list)
     """`(global step, stage, gates [L])` of every logged step, for the figures."""
     logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -85,6 +88,50 @@ class Bench:
         self.trained_tokens += stats.tokens
         self.transfer_steps += stage == "stage2"
         self.after_step(stage, stats, gates)
+
+    def known(self, stage: str, question: Mapping[str, Any]) -> State | None:
+        """What a run before has kept of a stage, counted and logged as if it had been learned just now.
+
+        Args:
+            stage: `stage1` or `stage2`.
+            question: what it depends on beside the job's settings; JSON.
+        """
+        state = self.states.last(stage, question)
+        if state is None:
+            return None
+        told = state.about["bench"]
+        self.trained_tokens, self.transfer_steps = told["trained_tokens"], told["transfer_steps"]
+        self.gate_history = [(step, of_stage, gates) for step, of_stage, gates in told["gate_history"]]
+        self.logged = [(step, values) for step, values in told["logged"]]
+        for step, values in self.logged:
+            if step >= self.global_step:
+                self.tracker.metrics(values, step)
+        self.global_step = told["global_step"]
+        return state
+
+    def keep(
+        self,
+        stage: str,
+        question: Mapping[str, Any],
+        stats: StepStats,
+        tensors: Callable[[], Tensors],
+        about: Mapping[str, Any],
+    ) -> None:
+        """Behind a step that is logged: for a run that may have to go on from here.
+
+        Args:
+            stage: as for `known`.
+            question: as for `known`.
+            stats: of the step.
+            tensors: gives what the stage trains, the same on every rank.
+            about: what else it has to know; JSON.
+        """
+        counted = ("global_step", "trained_tokens", "transfer_steps", "gate_history", "logged")
+
+        def told() -> dict[str, Any]:
+            return {**about, "bench": {name: getattr(self, name) for name in counted}}
+
+        self.states.after(stage, question, stats, self.global_step, tensors, told)
 
     def log_gates(self, stage: str, gates: list[float], values: Mapping[str, float]) -> None:
         """Log the gates `[L]` and what was measured with them as the next step of the run."""

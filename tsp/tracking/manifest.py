@@ -7,13 +7,14 @@ The list lies beside the files as `manifest.json`; the version's tag holds the l
 changed without the other.
 """
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tsp.files import sha256
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,15 +35,6 @@ def write_manifest(folder: Path) -> str:
     hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1) + "\n")
     return sha256(folder / MANIFEST)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content, 64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def file_faults(client: "MlflowClient", version: "ModelVersion", *, checkpoint: Path | None = None) -> list[str] | None:

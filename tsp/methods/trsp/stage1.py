@@ -13,13 +13,15 @@ from torch import Tensor
 
 from tsp.config import Stage1Config
 from tsp.gates import Gates
+from tsp.interrupts import deferred
 from tsp.methods.base import Bench
 from tsp.methods.trsp import hard
+from tsp.optimizer_state import set_adam
 from tsp.penalties import lm_loss, project_capped_simplex, soft_threshold
 from tsp.progress import phase
 from tsp.records import Scores
 from tsp.selection import ascending
-from tsp.training import train
+from tsp.training import StepStats, train
 
 
 def score(bench: Bench, num_drop: int) -> Scores:
@@ -44,6 +46,11 @@ def _budget(bench: Bench, gates: Gates, num_drop: int) -> Scores:
     config = bench.config.stage1
     free = torch.tensor([index for index in range(len(gates.values)) if index not in bench.protected])
     velocity = torch.zeros(len(gates.values), device=gates.values.device)
+    question = {"num_drop": num_drop}
+    known = bench.known("stage1", question)
+    if known:
+        _set(gates.values, known.tensors["gates"])
+        _set(velocity, known.tensors["velocity"])
 
     def update(step: int) -> None:
         gradient = _averaged_gradient(bench, gates)
@@ -58,7 +65,10 @@ def _budget(bench: Bench, gates: Gates, num_drop: int) -> Scores:
             budget = len(free) - shrunk * num_drop
             gates.values[free] = project_capped_simplex(gates.values[free] - config.lr * direction, budget)
 
-    _run(bench, gates, config.steps, update, penalty=False, name="stage 1")
+    def keep(step: StepStats) -> None:
+        bench.keep("stage1", question, step, {"gates": gates.values, "velocity": velocity}.items, {})
+
+    _run(bench, gates, update, keep, penalty=False, name="stage 1", first_step=known.step if known else 0)
     values = gates.values.detach().tolist()
     return Scores(method=f"gates-{config.schedule}", values=tuple(values), order=tuple(ascending(values)))
 
@@ -76,11 +86,27 @@ def _penalised(bench: Bench, gates: Gates, num_drop: int, rounds: int) -> Scores
                 gates.values.copy_(soft_threshold(gates.values, _threshold(optimizer, gates.values, config)))
         optimizer.zero_grad()
 
+    def keep(step: StepStats) -> None:
+        tensors = {"gates": gates.values, "sizes": sizes, **optimizer.state[gates.values]}
+        about = {"round": round_number, "doomed": doomed}
+        bench.keep("stage1", question, step, tensors.items, about)
+
     doomed: list[int] = []
     sizes = gates.values.detach().abs()
-    for round_number in range(rounds):
+    question = {"num_drop": num_drop}
+    known = bench.known("stage1", question)
+    first_round = first_step = 0
+    if known:
+        first_round, doomed, first_step = known.about["round"], known.about["doomed"], known.step
+        tensors = dict(known.tensors)
+        _set(gates.values, tensors.pop("gates"))
+        _set(sizes, tensors.pop("sizes"))
+        set_adam(optimizer, gates.values, tensors)
+        bench.decoder.bypass(doomed)
+    for round_number in range(first_round, rounds):
         name = f"stage 1, layer {round_number + 1} of {rounds}" if rounds > 1 else "stage 1"
-        _run(bench, gates, config.steps, update, penalty=config.l1 == "subgradient", name=name)
+        _run(bench, gates, update, keep, penalty=config.l1 == "subgradient", name=name, first_step=first_step)
+        first_step = 0
         alive = [index for index in range(len(gates.values)) if index not in doomed]
         sizes[alive] = gates.values.detach().abs()[alive]
         if config.schedule == "greedy":
@@ -91,8 +117,17 @@ def _penalised(bench: Bench, gates: Gates, num_drop: int, rounds: int) -> Scores
     return Scores(method=f"gates-{config.schedule}", values=tuple(sizes.tolist()), order=(*doomed, *rest))
 
 
-def _run(bench: Bench, gates: Gates, steps: int, update: Callable[[int], None], *, penalty: bool, name: str) -> None:
-    config, engine = bench.config, bench.engine
+def _run(
+    bench: Bench,
+    gates: Gates,
+    update: Callable[[int], None],
+    keep: Callable[[StepStats], None],
+    *,
+    penalty: bool,
+    name: str,
+    first_step: int,
+) -> None:
+    config, engine, steps = bench.config, bench.engine, bench.config.stage1.steps
     assert bench.model is not None
     model = bench.model
 
@@ -103,18 +138,27 @@ def _run(bench: Bench, gates: Gates, steps: int, update: Callable[[int], None], 
         # A proximal step has the penalty in its update, and a budget has none.
         return {"total": lm + l1 if penalty else lm, "lm": lm, "penalty": l1}
 
-    stats = train(
-        engine,
-        model,
-        bench.blocks_NT,
-        config.train,
-        num_steps=steps,
-        seed=config.seed,
-        loss=loss,
-        after_step=update,
-    )
-    for step in phase(stats, name, steps, show=engine.is_first):
-        bench.log("stage1", step, gates.readable())
+    with deferred() as pending:
+        stats = train(
+            engine,
+            model,
+            bench.blocks_NT,
+            config.train,
+            num_steps=steps,
+            seed=config.seed,
+            loss=loss,
+            pending=pending,
+            first_step=first_step,
+            after_step=update,
+        )
+        for step in phase(stats, name, steps, show=engine.is_first):
+            bench.log("stage1", step, gates.readable())
+            keep(step)
+
+
+def _set(values: Tensor, known: Tensor) -> None:
+    with torch.no_grad():
+        values.copy_(known)
 
 
 def _averaged_gradient(bench: Bench, gates: Gates) -> Tensor:

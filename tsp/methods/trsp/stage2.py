@@ -9,6 +9,8 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +19,16 @@ from tsp.adapters import adapters_off, add_adapters, merge_adapters, remove_adap
 from tsp.checkpoint import round_weights
 from tsp.config import Stage2Config
 from tsp.gates import Gates
+from tsp.interrupts import deferred
 from tsp.methods.base import Bench
 from tsp.methods.trsp.peak_lr import peak_lr
 from tsp.mounted import Mounted
+from tsp.optimizer_state import set_adam
 from tsp.penalties import distillation_loss, gap_norm, lm_loss
 from tsp.progress import phase
 from tsp.sharding import AdamW
-from tsp.training import micro_batches, train
+from tsp.states import State
+from tsp.training import StepStats, micro_batches, train
 
 # Takes tokens [B, T], returns the dense model's logits [B, T, V], without gradient.
 Teacher = Callable[[Tensor], Tensor]
@@ -45,9 +50,12 @@ def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) 
     _make_trainable(bench, doomed)
     gates = Gates(decoder, gated=doomed, recorded=doomed)
     optimizer = AdamW(weight_decay=config.weight_decay, clip=config.clip) if config.trainable != "none" else None
+    known = bench.known("stage2", {"doomed": sorted(doomed)})
     try:
         started = time.perf_counter()
-        peak = peak_lr(bench, doomed) if config.lr is None else config.lr
+        peak = known.about["peak_lr"] if known else config.lr
+        if peak is None:
+            peak = peak_lr(bench, doomed)
         if bench.seconds_left is not None:
             bench.seconds_left -= time.perf_counter() - started
         with (
@@ -56,7 +64,8 @@ def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) 
             gates.attached(),
         ):
             bench.model = model
-            _run(bench, model, teacher, gates, doomed, peak)
+            weight = known.about["weight"] if known else _penalty_weight(bench, model, gates)
+            _Training(bench, model, teacher, gates, sorted(doomed), peak, weight).run(known)
     except Exception:
         # Who stops it between two steps goes on with the model, whose own weights he has put aside.
         remove_adapters(decoder.model)
@@ -89,63 +98,121 @@ def gate_value(step: int, num_steps: int, config: Stage2Config) -> float:
     return {"hold": 1.0, "off": 0.0}[config.gates]
 
 
-def _run(bench: Bench, model: Mounted, teacher: Teacher, gates: Gates, doomed: Collection[int], peak: float) -> None:
-    config, engine, decoder = bench.config.stage2, bench.engine, bench.decoder
-    doomed = sorted(doomed)
-    gap_sizes = torch.zeros(decoder.num_layers, device=engine.device)
-    weight = _penalty_weight(bench, model, gates)
-    own_gates = torch.optim.Adam([gates.values], lr=peak) if config.trainable == "none" else None
-    if own_gates:
-        gates.values.requires_grad_(True)
+@dataclass
+class _Training:
+    """The steps of stage 2 on a mounted model."""
 
-    def before_step(step: int, num_steps: int) -> None:
-        model.set_lr(learning_rate(step, num_steps, peak, config.warmup_share))
-        gap_sizes.zero_()
-        if own_gates is None:
-            gate = gate_value(step, num_steps, config)
-            gates.values[doomed] = gate
+    bench: Bench
+    model: Mounted
+    teacher: Teacher
+    gates: Gates
+    doomed: list[int]
+    peak: float
+    """Learning rate."""
+    weight: float
+    """lambda2, in the unit of the loss."""
+
+    def __post_init__(self) -> None:
+        self.config = self.bench.config.stage2
+        self.gap_sizes = torch.zeros(len(self.gates.values), device=self.bench.engine.device)
+        """Mean gap of each layer in the last step, this rank's."""
+        self.own_gates: torch.optim.Adam | None = None
+        """The optimizer where only gates are trained."""
+        if self.config.trainable == "none":
+            self.own_gates = torch.optim.Adam([self.gates.values], lr=self.peak)
+            self.gates.values.requires_grad_(True)
+
+    def run(self, known: State | None) -> None:
+        """All steps, or those that are left.
+
+        Args:
+            known: of a run before, which went on from here.
+        """
+        bench, seconds, spent, first_step = self.bench, self.bench.seconds_left, 0.0, 0
+        if known:
+            self._go_on_from(known)
+            spent, first_step = known.about["seconds"], known.step
+        started = time.perf_counter() - spent
+        with deferred() as pending:
+            stats = self._train(
+                num_steps=self.config.steps,
+                seconds=None if seconds is None else seconds - spent,
+                pending=pending,
+                first_step=first_step,
+                before_step=self._before_step,
+                after_step=self._after_step,
+            )
+            total = self.config.steps if seconds is None else None
+            for step in phase(stats, "stage 2", total, show=bench.engine.is_first):
+                gaps = enumerate(bench.engine.mean(self.gap_sizes).tolist())
+                more = {f"stage2/gap/layer_{index:03d}": gap for index, gap in gaps} | {"stage2/peak_lr": self.peak}
+                bench.log("stage2", step, self.gates.readable(), more)
+                about = {"peak_lr": self.peak, "weight": self.weight, "seconds": time.perf_counter() - started}
+                bench.keep("stage2", {"doomed": self.doomed}, step, self._state, about)
+
+    def _train(self, **options: Any) -> Iterator[StepStats]:
+        bench = self.bench
+        options |= {"seed": bench.transfer_seed, "loss": self._loss}
+        return train(bench.engine, self.model, bench.blocks_NT, bench.config.train, **options)
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        if self.own_gates:
+            yield "gates", self.gates.values
+            yield from self.own_gates.state[self.gates.values].items()
+        yield from self.model.state()
+
+    def _go_on_from(self, known: State) -> None:
+        if self.own_gates:
+            moments = dict(known.tensors)
+            with torch.no_grad():
+                self.gates.values.copy_(moments.pop("gates"))
+            set_adam(self.own_gates, self.gates.values, moments)
+            return
+
+        def still(step: int, num_steps: int) -> None:
+            self._before_step(step, num_steps)
+            self.model.set_lr(0.0)
+
+        for _ in self._train(num_steps=1, before_step=still):
+            pass  # AdamW's state is made at its first step.
+        self.model.set_state(known.tensors, self.bench.engine.gathered)
+
+    def _before_step(self, step: int, num_steps: int) -> None:
+        self.model.set_lr(learning_rate(step, num_steps, self.peak, self.config.warmup_share))
+        self.gap_sizes.zero_()
+        if self.own_gates is None:
+            gate = gate_value(step, num_steps, self.config)
+            self.gates.values[self.doomed] = gate
             # A closed layer is not computed, and under ZeRO-3 not gathered either.
-            decoder.bypass(doomed if gate == 0 else ())
+            self.bench.decoder.bypass(self.doomed if gate == 0 else ())
+            if gate == 0:
+                for index in self.doomed:
+                    # Else deepspeed 0.19 goes on with its last gradient, which then counts in the norm for clipping.
+                    self.bench.decoder.layers[index].requires_grad_(False)
 
-    def after_step(step: int) -> None:
-        if own_gates is not None and gates.values.grad is not None:
-            gates.values.grad = engine.mean(gates.values.grad)
-            own_gates.step()
-            own_gates.zero_grad()
+    def _after_step(self, step: int) -> None:
+        if self.own_gates is not None and self.gates.values.grad is not None:
+            self.gates.values.grad = self.bench.engine.mean(self.gates.values.grad)
+            self.own_gates.step()
+            self.own_gates.zero_grad()
 
-    def loss(tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
-        dense_BTV = teacher(tokens_BT) if config.task.distill else None
-        gates.gaps.clear()
-        logits_BTV = model(tokens_BT)
-        gaps = _sizes(gates, config)
+    def _loss(self, tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
+        config = self.config
+        dense_BTV = self.teacher(tokens_BT) if config.task.distill else None
+        self.gates.gaps.clear()
+        logits_BTV = self.model(tokens_BT)
+        gaps = _sizes(self.gates, config)
         for index, size in gaps.items():
-            gap_sizes[index] += size.detach() / bench.config.train.accumulation
+            self.gap_sizes[index] += size.detach() / self.bench.config.train.accumulation
         # Without a weight it is for the record only.
         only_shown = dense_BTV is not None and not config.task.lm
         lm = lm_loss(logits_BTV.detach() if only_shown else logits_BTV, tokens_BT, share)
         gap = sum(gaps.values(), start=logits_BTV.new_zeros((), dtype=torch.float32))
-        parts = {"gap": gap * weight, "lm": lm}
+        parts = {"gap": gap * self.weight, "lm": lm}
         if dense_BTV is not None:
             parts["distill"] = distillation_loss(logits_BTV, dense_BTV, config.temperature, tokens_BT, share)
         total = config.task.lm * parts["lm"] + config.task.distill * parts.get("distill", 0.0) + parts["gap"]
         return {"total": total, **parts}
-
-    stats = train(
-        engine,
-        model,
-        bench.blocks_NT,
-        bench.config.train,
-        num_steps=config.steps,
-        seconds=bench.seconds_left,
-        seed=bench.transfer_seed,
-        loss=loss,
-        before_step=before_step,
-        after_step=after_step,
-    )
-    for step in phase(stats, "stage 2", config.steps if bench.seconds_left is None else None, show=engine.is_first):
-        gaps = dict(enumerate(engine.mean(gap_sizes).tolist()))
-        more = {f"stage2/gap/layer_{index:03d}": gaps[index] for index in gaps} | {"stage2/peak_lr": peak}
-        bench.log("stage2", step, gates.readable(), more)
 
 
 def _penalty_weight(bench: Bench, model: Mounted, gates: Gates) -> float:

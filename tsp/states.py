@@ -1,0 +1,172 @@
+"""Training states: what a stage has learned up to a step, on disk, so that a job that goes on need not learn it again.
+
+    known = states.last("stage2", question)         # None: from the first step
+    for step in steps:
+        states.after("stage2", question, step, number, tensors, about)
+
+A state is one safetensors file, `<number>-<stage>-<16 digits of its sha256>.safetensors`, written by rank 0 under
+another name, synced and renamed: one of that name whose bytes give that sum is whole. It does not depend on the number
+of ranks, and has no weight that is not trained. The last two are kept.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tsp.files import sha256, sync
+from tsp.settings import StateConfig
+from tsp.training import StepStats
+
+if TYPE_CHECKING:
+    from tsp.engine import Engine
+
+log = logging.getLogger("tsp")
+
+KEPT = 2
+Tensors = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """A stage after some of its steps."""
+
+    step: int
+    """The step to go on with."""
+    tensors: dict[str, Tensor]
+    """On the CPU, the same on every rank."""
+    about: dict[str, Any]
+
+
+class States:
+    """The training states of a job; the same calls on every rank."""
+
+    def __init__(
+        self,
+        engine: "Engine | None" = None,
+        folder: Path | None = None,
+        job: str = "",
+        config: StateConfig | None = None,
+    ) -> None:
+        """Without arguments nothing is known and nothing kept.
+
+        Args:
+            engine: tells the other ranks what rank 0 has read.
+            folder: made with the first state.
+            job: a part of every question.
+            config: how often.
+        """
+        self._engine = engine
+        self._folder = folder
+        self._job = job
+        self._config = config or StateConfig()
+        self._seconds = 0.0
+
+    def last(self, stage: str, question: Mapping[str, Any]) -> State | None:
+        """The newest whole state that answers just this question of just this job.
+
+        Args:
+            stage: `stage1` or `stage2`.
+            question: all that it depends on and that the job's settings do not say; JSON.
+        """
+        if self._engine is None or self._folder is None:
+            return None
+        folder, digest = self._folder, self._digest(stage, question)
+        state: State | None = self._engine.on_first(lambda: _newest(folder, digest))
+        if state is not None and self._engine.is_first:
+            log.info("%s: the first %d steps are known from the run before", stage, state.step)
+        return state
+
+    def after(
+        self,
+        stage: str,
+        question: Mapping[str, Any],
+        stats: StepStats,
+        number: int,
+        tensors: Callable[[], Tensors],
+        about: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        """Behind each step: keep the state if that is due, or if the job is about to be interrupted.
+
+        Args:
+            stage: as for `last`.
+            question: as for `last`.
+            stats: of the step.
+            number: ascending over the job's steps, whatever the stage.
+            tensors: gives what is to be kept, the same on every rank; called on every rank.
+            about: gives what else is to be kept; JSON.
+        """
+        if self._engine is None or self._folder is None:
+            return
+        self._seconds += stats.seconds  # The same on every rank.
+        every = self._config.every_steps
+        due = self._seconds >= 60 * self._config.every_minutes or (every and (stats.step + 1) % every == 0)
+        if not (due or stats.interrupted):
+            return
+        self._seconds = 0.0
+        kept = {}
+        for name, tensor in tensors():
+            if self._engine.is_first:
+                kept[name] = tensor.detach().cpu()
+        if self._engine.is_first:
+            told = {"question": self._digest(stage, question), "step": stats.step + 1, "about": dict(about())}
+            _write(self._folder, f"{number:08d}-{stage}", kept, told)
+
+    def clear(self) -> None:
+        """Remove them: the job has finished."""
+        if self._engine is not None and self._folder is not None and self._engine.is_first:
+            for path in _files(self._folder):
+                path.unlink(missing_ok=True)
+
+    def _digest(self, stage: str, question: Mapping[str, Any]) -> str:
+        asked = json.dumps([self._job, stage, question], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*-stage*-*.safetensors"))
+
+
+def _newest(folder: Path, question: str) -> State | None:
+    from safetensors import safe_open
+
+    for path in reversed(_files(folder)):
+        if sha256(path)[:16] != path.stem.rpartition("-")[2]:
+            log.warning("%s is damaged; an earlier state is looked for", path)
+            continue
+        with safe_open(path, "pt") as file:
+            told = json.loads(file.metadata()["told"])
+            if told["question"] == question:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  It is no dict.
+                return State(step=told["step"], tensors=tensors, about=told["about"])
+    return None
+
+
+def _write(folder: Path, stem: str, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
+    """What goes wrong here costs a warning: the earlier states are whole, and the job goes on."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = folder / f"{stem}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        need = sum(tensor.nbytes for tensor in tensors.values())
+        free = shutil.disk_usage(folder).free
+        if need > free:
+            raise OSError(f"it needs {need / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free")
+        save_file(tensors, temporary, {"told": json.dumps(told)})
+        sync(temporary)
+        os.replace(temporary, folder / f"{stem}-{sha256(temporary)[:16]}.safetensors")
+        sync(folder)
+        for old in _files(folder)[:-KEPT]:
+            old.unlink()
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        log.warning("the training state was not kept in %s (%s); the job goes on", folder, error)
