@@ -14,6 +14,7 @@ from tsp.cli_monitor import monitor
 from tsp.cli_registry import audit, promote, rollback
 from tsp.cli_server import server, ui
 from tsp.cli_tune import tune
+from tsp.errors import CollapseError
 from tsp.exits import exit_codes, run_passing_signals, stdout_kept_clean
 from tsp.launch import is_first_rank, launch_command, launcher_options, world_size
 from tsp.options import (
@@ -222,6 +223,10 @@ def _prune(options: dict[str, Any], world_size: int) -> None:
         from tsp.tracking.store import resolve_uri, shown
 
         print_result(result, links["run"], shown(resolve_uri(root)))
+    if result["collapse"]:
+        raise CollapseError(
+            f"the job is done, but it is no success, and nothing is registered: {result['collapse'][0]}"
+        )
 
 
 def _sweep(options: dict[str, Any], configs: list[tuple[dict[str, Any], Any]], world_size: int) -> None:

@@ -35,6 +35,16 @@ class DataError(TspError):
     exit_code = 2
 
 
+class NumbersError(TspError):
+    """Numbers that are not finite, again and again."""
+
+
+class CollapseError(TspError):
+    """A job that came to its end with a result that is no success."""
+
+    exit_code = 3
+
+
 class BoundError(TspError):
     """A bound that no number of layers keeps, as measured."""
 

@@ -14,6 +14,7 @@ from tsp.errors import ModelError
 from tsp.evaluation.generation_speed import measure_folder
 from tsp.evaluation.summary import metrics, summarise
 from tsp.machine import weights_dtype
+from tsp.numbers import collapses
 from tsp.policy import default_model_name
 from tsp.quantize import Quantized, plain_speeds
 from tsp.records import DropReport, Evaluation, Scores, Selection, write_json
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("tsp")
 
 RESULT_SCHEMA = 1
+COLLAPSE_TAG = "tsp.collapse"
+"""Tag with the reason why a finished job's result is no success."""
 PHASES = ("load", "select", "transfer", "evaluate", "save")
 _HEATMAPS = 12
 """Pictures of the gate heatmap's step slider."""
@@ -52,6 +55,8 @@ class Outcome:
     weights_gib: list[float]
     trained_tokens: int
     transfer_steps: int
+    left_out: int
+    """Micro-batches of both stages whose loss was not finite."""
     tuning_loss: float | None
     """Mean cross-entropy of the pruned model on the text set aside for tuning, nats per token."""
     curve: list[dict[str, Any]]
@@ -80,7 +85,9 @@ def publish(job: "Job", outcome: Outcome, tracker: Tracker, output: Path, starte
     tracker.tags({"dropped": ",".join(map(str, result["dropped"]))} | ({"round_trip": "ok"} if outcome.drop else {}))
     _log_figures(tracker, outcome, output, job.source.name)
     _say_if_slower(job, result)
-    if outcome.drop and job.config.tracking.register_model:
+    if result["collapse"]:
+        tracker.tags({COLLAPSE_TAG: "; ".join(result["collapse"])})
+    elif outcome.drop and job.config.tracking.register_model:
         result["registered"] = _register(job, tracker, Path(outcome.drop.checkpoint), result)
     result["seconds"]["total"] = round(time.perf_counter() - started, 2)
     result["status"] = "FINISHED"
@@ -129,6 +136,8 @@ def _result(job: "Job", outcome: Outcome, tracker: Tracker) -> dict[str, Any]:
         "weights_gib": outcome.weights_gib,
         "trained_tokens": outcome.trained_tokens,
         "stage2_steps": outcome.transfer_steps,
+        "left_out": outcome.left_out,
+        "collapse": collapses(outcome.scores, job.protected, measured["perplexity"]),
         "tuning_loss": outcome.tuning_loss,
         "curve": outcome.curve,
         "checkpoint": outcome.drop.checkpoint if outcome.drop else None,

@@ -25,6 +25,7 @@ from tsp.journal import Journal
 from tsp.machine import put_back
 from tsp.methods import transfer_check, transfer_verb
 from tsp.methods.base import Bench
+from tsp.numbers import require_finite
 from tsp.outcome import Outcome, publish
 from tsp.progress import logging_to
 from tsp.records import DropReport, Evaluation, Scores, Selection
@@ -179,6 +180,7 @@ def _run(
         weights_gib=weights_gib,
         trained_tokens=bench.trained_tokens,
         transfer_steps=bench.transfer_steps,
+        left_out=bench.left_out,
         tuning_loss=tuning_loss,
         curve=curve,
         gate_history=bench.gate_history,
@@ -209,6 +211,8 @@ def _choose(
     with bench.engine.mounted(bench.decoder.model) as bench.model:
         transfer_check(job.config.transfer)(bench, job.config.prune.drop)
         dense = evaluated("dense")
+        found = {corpus: one.ppl for corpus, one in dense.perplexity.items()}
+        require_finite(bench.engine, bench.decoder, bench.model, found, job.evals[0].blocks[:1])
         scores, chosen = trial.selected if trial else choose(bench, job, shared, watch)
         with bench.decoder.bypassing(chosen.doomed):
             bare_drop = evaluated("bare_drop", chosen.doomed)

@@ -8,21 +8,27 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tsp.config import TrainConfig
+from tsp.decoder import Decoder
 from tsp.engine import Engine
+from tsp.errors import NumbersError
 from tsp.interrupts import NOTHING, Pending, interrupt
 from tsp.mounted import Mounted
+from tsp.numbers import finite_everywhere, first_not_finite
 from tsp.targets import share
 
 # Takes tokens [b, T] of a micro-batch, and the share of the whole step's targets that count (`targets.share`); returns
 # the parts of the loss, each `[]`; `total` is what is differentiated.
 LossFunction = Callable[[Tensor, float], dict[str, Tensor]]
+
+PATIENCE = 3
+"""Steps in a row without a finite loss that end the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,8 @@ class StepStats:
     """Mean over the ranks, which therefore agree."""
     tokens: int
     """Of the global batch."""
+    left_out: int = 0
+    """Micro-batches whose loss was not finite on some rank; of all: nothing was updated, and there are no losses."""
     interrupted: bool = False
     """A signal has come to some rank: it is the last step."""
 
@@ -50,6 +58,7 @@ def train(
     seconds: float | None = None,
     seed: int,
     loss: LossFunction,
+    decoder: Decoder | None = None,
     pending: Pending = NOTHING,
     first_step: int = 0,
     before_step: Callable[[int, int], None] = lambda step, num_steps: None,
@@ -66,43 +75,84 @@ def train(
         seconds: instead of `num_steps`, by rank 0's clock; at least two steps are done.
         seed: of the order of the blocks.
         loss: of one micro-batch.
+        decoder: layers, one of which is named where numbers are not finite.
         pending: signals that wait for the end of a step (`interrupts.deferred`).
         first_step: to begin with, of `num_steps`; what is trained is as it was then.
         before_step: called with the step's number and the number of all steps before its forward passes (schedules);
             of a training in seconds that is an estimate, made anew before each step.
         after_step: called after its backward passes (updates of what DeepSpeed does not train).
 
+    A micro-batch whose loss is not finite on some rank is left out on all; another of the step then counts twice.
+
     Raises:
+        NumbersError: `PATIENCE` steps in a row had no other.
         KeyboardInterrupt: on every rank, where a signal came to one; the step's stats have been yielded.
     """
     estimate = _fixed(num_steps) if seconds is None else _within(engine, num_steps, seconds, first_step)
+    in_a_row = 0
     for step in itertools.count(first_step):
         total = estimate(step)
         if step >= total:
             return
         started = time.perf_counter()
         before_step(step, total)
-        sums: dict[str, Tensor] = {}
-        for micro_batch, counted in micro_batches(engine, blocks_NT, config, step, seed):
-            parts = loss(micro_batch, counted)
-            model.backward(parts["total"])
-            model.end_micro_batch()
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float()
-        after_step(step)
+        batches = micro_batches(engine, blocks_NT, config, step, seed)
+        sums, left_out = _learn(engine, model, batches, loss)
+        if sums:
+            after_step(step)
+        in_a_row = 0 if sums else in_a_row + 1
+        if in_a_row == PATIENCE:
+            place = first_not_finite(engine, decoder, model, left_out[0]) if decoder else "no layer was looked at"
+            raise NumbersError(
+                f"the loss was not finite in {PATIENCE} steps in a row, the last is {step}: {place}; give a smaller "
+                "learning rate (stage1.lr, stage2.lr) or model.dtype=fp32, or look at the model's weights"
+            )
         # One exchange for all that the ranks have to agree on.
-        losses = torch.stack(list(sums.values())) / config.accumulation
-        own = losses.new_tensor([time.perf_counter() - started, pending.number is not None])
-        *means, mean_seconds, interrupted = engine.mean(torch.cat([losses, own])).tolist()
+        own = [time.perf_counter() - started, pending.number is not None]
+        losses = [value / config.accumulation for value in sums.values()]
+        exchanged = torch.stack([*losses, *torch.tensor(own, device=engine.device)])
+        *means, mean_seconds, interrupted = engine.mean(exchanged).tolist()
         yield StepStats(
             step=step,
             losses=dict(zip(sums, means, strict=True)),
             seconds=mean_seconds,
-            tokens=config.batch_size * blocks_NT.shape[1],
+            tokens=config.batch_size * blocks_NT.shape[1] if sums else 0,
+            left_out=len(left_out),
             interrupted=interrupted > 0,
         )
         if interrupted:
             raise interrupt(pending.number or signal.SIGTERM)
+
+
+def _learn(
+    engine: Engine, model: Mounted, batches: Iterable[tuple[Tensor, float]], loss: LossFunction
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The backward passes of a step, at whose last one what is trained by DeepSpeed is updated.
+
+    Returns:
+        The sums of the parts of the loss, of none if nothing was finite, and the micro-batches that were left out.
+    """
+    sums: dict[str, Tensor] = {}
+    left_out: list[Tensor] = []
+    usable: list[tuple[Tensor, float]] = []
+
+    def learn(batch: tuple[Tensor, float]) -> None:
+        parts = loss(*batch)
+        if not finite_everywhere(engine, parts["total"]):
+            left_out.append(batch[0])
+            return
+        usable.append(batch)
+        model.backward(parts["total"])
+        model.end_micro_batch()
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().float()
+
+    for batch in batches:
+        learn(batch)
+    # DeepSpeed counts micro-batches; the first usable one stands in for each that is missing.
+    for _ in range(len(left_out) if usable else 0):
+        learn(usable[0])
+    return sums, left_out
 
 
 def micro_batches(

@@ -59,6 +59,7 @@ FLOORS = {
         "tsp.interrupts",
         "tsp.journal",
         "tsp.mounted",
+        "tsp.numbers",
         "tsp.optimizer_state",
         "tsp.states",
         "tsp.tracking",

@@ -5,6 +5,7 @@ swaps it. A transfer is a verb of its own, `transfer(bench, doomed)`, so that ev
 transfer. Neither knows of ranks, DeepSpeed or MLflow.
 """
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +21,8 @@ from tsp.mounted import Mounted
 from tsp.records import Scores
 from tsp.states import State, States, Tensors
 from tsp.training import StepStats
+
+log = logging.getLogger("tsp")
 
 
 class Tracker(Protocol):
@@ -59,6 +62,8 @@ class Bench:
     """For the transfer; None: it trains for `stage2.steps`."""
     transfer_steps: int = 0
     """Optimizer steps that the transfer did."""
+    left_out: int = 0
+    """Micro-batches whose loss was not finite."""
     after_step: Callable[[str, StepStats, list[float]], None] = lambda stage, stats, gates: None
     """Called on every rank between two steps; what it raises, on all of them alike, stops the job there."""
 
@@ -84,6 +89,15 @@ class Bench:
         """Log one step of a stage under the metric names of the contract, and count it."""
         values = {f"{stage}/loss/{name}": loss for name, loss in stats.losses.items()}
         values |= {"perf/step_s": stats.seconds, "perf/tokens_per_s": stats.tokens / stats.seconds}
+        if stats.left_out:
+            self.left_out += stats.left_out
+            values[f"{stage}/left_out"] = stats.left_out
+            log.warning(
+                "%s, step %d: %d micro-batches with a loss that is not finite were left out",
+                stage,
+                stats.step,
+                stats.left_out,
+            )
         self.log_gates(stage, gates, values | dict(more or {}))
         self.trained_tokens += stats.tokens
         self.transfer_steps += stage == "stage2"
@@ -100,7 +114,8 @@ class Bench:
         if state is None:
             return None
         told = state.about["bench"]
-        self.trained_tokens, self.transfer_steps = told["trained_tokens"], told["transfer_steps"]
+        for name in ("trained_tokens", "transfer_steps", "left_out"):
+            setattr(self, name, told[name])
         self.gate_history = [(step, of_stage, gates) for step, of_stage, gates in told["gate_history"]]
         self.logged = [(step, values) for step, values in told["logged"]]
         for step, values in self.logged:
@@ -126,7 +141,7 @@ class Bench:
             tensors: gives what the stage trains, the same on every rank.
             about: what else it has to know; JSON.
         """
-        counted = ("global_step", "trained_tokens", "transfer_steps", "gate_history", "logged")
+        counted = ("global_step", "trained_tokens", "transfer_steps", "left_out", "gate_history", "logged")
 
         def told() -> dict[str, Any]:
             return {**about, "bench": {name: getattr(self, name) for name in counted}}

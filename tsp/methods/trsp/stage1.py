@@ -147,6 +147,7 @@ def _run(
             num_steps=steps,
             seed=config.seed,
             loss=loss,
+            decoder=bench.decoder,
             pending=pending,
             first_step=first_step,
             after_step=update,

@@ -152,7 +152,7 @@ class _Training:
 
     def _train(self, **options: Any) -> Iterator[StepStats]:
         bench = self.bench
-        options |= {"seed": bench.transfer_seed, "loss": self._loss}
+        options |= {"seed": bench.transfer_seed, "loss": self._loss, "decoder": bench.decoder}
         return train(bench.engine, self.model, bench.blocks_NT, bench.config.train, **options)
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
