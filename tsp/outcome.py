@@ -19,7 +19,6 @@ from tsp.policy import default_model_name
 from tsp.quantize import Quantized, plain_speeds
 from tsp.records import DropReport, Evaluation, Scores, Selection, write_json
 from tsp.sizes import cache_bytes_per_token, size_gib
-from tsp.tracking.registry import register_checkpoint
 from tsp.tracking.run import Tracker
 
 if TYPE_CHECKING:
@@ -259,13 +258,7 @@ def _register(job: "Job", tracker: Tracker, checkpoint: Path, result: dict[str, 
             for state, value in row.items()
         },
     }
-    _, version = register_checkpoint(
-        tracker.uri,
-        checkpoint,
-        name,
-        run_id=tracker.run_id,
-        tags=tags,
-        description=f"{source.name} without layers {dropped} of {source.num_layers}. Perplexity: {ppl}.",
-        metadata={"base_model": source.name, "dropped": result["dropped"]},
-    )
+    description = f"{source.name} without layers {dropped} of {source.num_layers}. Perplexity: {ppl}."
+    metadata = {"base_model": source.name, "dropped": result["dropped"]}
+    version = tracker.register(checkpoint, name, tags=tags, description=description, metadata=metadata)
     return {"name": name, "version": version}

@@ -93,8 +93,9 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
     steps |= {"look": f"tsp ui   # then {run_link}"}
     if result["registered"]:
         name, version = result["registered"]["name"], result["registered"]["version"]
+        steps["registered"] = f"models:/{name}/{version}" if version else f"{name}: not yet, `tsp sync` does it"
+    if result["registered"] and version:
         steps |= {
-            "registered": f"models:/{name}/{version}",
             "in Python": f"import mlflow; mlflow.set_tracking_uri({masked(store_uri)!r})",
             "load": f"mlflow.transformers.load_model('models:/{name}/{version}')",
             "promote": f"tsp promote {shlex.quote(name)} {version} --require 'ppl_ratio<=1.10'",

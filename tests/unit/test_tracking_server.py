@@ -125,6 +125,8 @@ def test_outage_costs_the_job_nothing_and_loses_nothing(server, tmp_path, monkey
     log_steps(50, 300)
     tracker.image(np.zeros((8, 8, 3)), "gates/heatmap", 3)
     tracker.text("{}", "result.json")
+    checkpoint = make_checkpoint(tmp_path / "out" / "model")
+    assert tracker.register(checkpoint, "late", tags={"k": "v"}, description="d", metadata={}) is None
     monkeypatch.setattr(run_module, "DRAIN_S", 1.0)
     start = time.monotonic()
     tracker.finish("FINISHED")
@@ -152,4 +154,6 @@ def test_outage_costs_the_job_nothing_and_loses_nothing(server, tmp_path, monkey
         values = {m.step: m.value for m in client.get_metric_history(run_id, f"stage1/gate/layer_{i:03d}")}
         assert values == {step: step + i / 7 for step in range(300)}
     assert {"images", "result.json"} <= {info.path for info in client.list_artifacts(run_id)}
+    [version] = client.search_model_versions("name = 'late'")
+    assert (version.version, version.run_id, version.tags["k"]) == ("1", run_id, "v")
     assert not list(spool_folder(tmp_path).glob(f"{run_id}*"))

@@ -4,8 +4,8 @@
 good (a parameter that would change its value, say) is left out with a warning, lest it dam up what stands behind it.
 
 Records are dicts with a `kind`: `metrics` (values, step, time_ms), `params`, `tags` (values), `artifact` (file,
-folder), `image` (file, key, step, time_ms), `dataset` (name, digest, source_type, source, context), `status` (status,
-time_ms).
+folder), `image` (file, key, step, time_ms), `dataset` (name, digest, source_type, source, context), `registration`
+(checkpoint, name, tags, description, metadata), `status` (status, time_ms).
 """
 
 import itertools
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsp.errors import TrackingError
+from tsp.errors import ModelError, TrackingError
 from tsp.masking import masked
+from tsp.tracking.registry import register_checkpoint
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -101,6 +102,8 @@ def _deliver_one(client: "MlflowClient", run_id: str, kind: str, record: Record,
             _log_image(client, run_id, record, path)
         elif kind == "dataset":
             _log_dataset(client, run_id, record)
+        elif kind == "registration":
+            _register(client, run_id, record)
         elif kind == "status":
             _set_status(client, run_id, record)
     except (MlflowException, ValueError) as error:
@@ -137,6 +140,14 @@ def _log_dataset(client: "MlflowClient", run_id: str, record: Record) -> None:
 
     dataset = Dataset(record["name"], record["digest"], record["source_type"], record["source"])
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", record["context"])])])
+
+
+def _register(client: "MlflowClient", run_id: str, record: Record) -> None:
+    wanted = {key: record[key] for key in ("name", "tags", "description", "metadata")}
+    try:
+        register_checkpoint(client.tracking_uri, Path(record["checkpoint"]), run_id=run_id, **wanted)
+    except ModelError as error:
+        raise ValueError(str(error)) from error  # The folder is gone.
 
 
 def _set_status(client: "MlflowClient", run_id: str, record: Record) -> None:

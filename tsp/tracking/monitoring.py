@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from tsp.errors import TrackingError
 from tsp.policy import Verdict
+from tsp.tracking.links import links_of
 from tsp.tracking.promotion import requirement_table
 from tsp.tracking.results import KIND_TAG
-from tsp.tracking.run import links_of
 from tsp.tracking.spool import now_ms
 from tsp.tracking.store import ensure_experiment, http_limits, open_store, resolve_uri
 

@@ -36,6 +36,11 @@ class NullTracker:
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
         """Nothing."""
 
+    def register(
+        self, checkpoint: Path, name: str, *, tags: Mapping[str, str], description: str, metadata: dict[str, Any]
+    ) -> str | None:
+        """Nothing."""
+
     def finish(self, status: Status, reason: str | None = None) -> None:
         """Nothing."""
 

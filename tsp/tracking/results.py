@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from tsp.config import flatten
 from tsp.errors import ConfigError, TrackingError
-from tsp.tracking.run import experiment_name, links_of
+from tsp.tracking.links import links_of
+from tsp.tracking.run import experiment_name
 from tsp.tracking.store import open_store, resolve_uri, shown, sqlite_path
 from tsp.yaml12 import parse_yaml
 

@@ -13,6 +13,7 @@ files as they are.
 
 import functools
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from tsp.errors import TrackingError
 from tsp.masking import masked
+from tsp.tracking.links import links_of
 from tsp.tracking.null import NullTracker, Status
+from tsp.tracking.registry import register_checkpoint
 from tsp.tracking.spool import Spool, now_ms
 from tsp.tracking.store import ensure_experiment, find_run, open_store, resolve_uri, shown, spool_folder
 from tsp.tracking.system_metrics import SystemMetrics
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     import numpy as np
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
 
 __all__ = ["NullTracker", "Tracker", "start_run"]
 
@@ -145,6 +150,23 @@ class Tracker:
             }
         )
 
+    def register(
+        self, checkpoint: Path, name: str, *, tags: Mapping[str, str], description: str, metadata: dict[str, Any]
+    ) -> str | None:
+        """Register the checkpoint as the model that this run has made; see `registry.register_checkpoint`.
+
+        Returns:
+            The version; None: MLflow is away, and it is made when the spool is delivered (`tsp sync`), from the folder
+            as it is then.
+        """
+        wanted: dict[str, Any] = {"name": name, "tags": dict(tags), "description": description, "metadata": metadata}
+        try:
+            return register_checkpoint(self.uri, checkpoint, run_id=self.run_id, **wanted)[1]
+        except TrackingError as error:
+            log.warning("the model is not registered yet, `tsp sync` will do it: %s", error)
+            self._spool.append({"kind": "registration", "checkpoint": str(checkpoint.absolute()), **wanted})
+            return None
+
     def finish(self, status: Status, reason: str | None = None) -> None:
         """Deliver all, and set the final status, unless the run was given to us. Only the first call counts.
 
@@ -165,14 +187,7 @@ class Tracker:
             self._watcher.close()
 
     def links(self, base_url: str | None = None) -> dict[str, str]:
-        """Where to look at the run in the web UI.
-
-        Args:
-            base_url: address of the UI; default: the tracking server, or port 5000 here for the embedded store.
-
-        Returns:
-            `run`, `metrics`, `artifacts`, `experiment`: addresses that open the model-training view, not the GenAI one.
-        """
+        """Where to look at the run in the web UI, see `links_of`."""
         return links_of(self.uri, self.experiment_id, self.run_id, base_url)
 
     def _go_on(self, client: "MlflowClient", *, replays: bool) -> None:
@@ -186,19 +201,6 @@ class Tracker:
 
     def _append_file(self, kind: str, copy: Path, **fields: Any) -> None:
         self._spool.append({"kind": kind, "file": str(copy.relative_to(self._spool.files)), **fields})
-
-
-def links_of(uri: str, experiment_id: str, run_id: str, base_url: str | None = None) -> dict[str, str]:
-    """The addresses that `Tracker.links` gives, of any run of a store."""
-    base = (base_url or (shown(uri) if uri.startswith("http") else "http://127.0.0.1:5000")).rstrip("/")
-    experiment = f"{base}/#/experiments/{experiment_id}/runs"
-    view = "?workflowType=machine_learning"
-    return {
-        "run": f"{experiment}/{run_id}{view}",
-        "metrics": f"{experiment}/{run_id}/model-metrics{view}",
-        "artifacts": f"{experiment}/{run_id}/artifacts{view}",
-        "experiment": f"{experiment}{view}",
-    }
 
 
 def start_run(

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsp.errors import ModelError, TrackingError
+from tsp.tracking.links import links_of
 from tsp.tracking.promotion import LOCK
 from tsp.tracking.registry import default_store
 from tsp.tracking.results import KIND_TAG, artifact_reader
-from tsp.tracking.run import links_of
 from tsp.tracking.store import ensure_experiment, open_store, resolve_uri, sqlite_path
 
 if TYPE_CHECKING:
