@@ -12,13 +12,14 @@ PYTEST ?=
 # How much of it: `make chaos CHAOS="--kills 10 --outages 5 --seed 1"`.
 CHAOS ?=
 
-.PHONY: help prune sweep test check lint unit chaos bench demo-model install
+.PHONY: help prune sweep test check lint unit fuzz chaos bench demo-model install
 
 help:
 	@echo "make prune       install, then prune the embedded demo model"
 	@echo "make sweep       install, then compare methods on the demo model: tables, and build/comparison.html"
 	@echo "make test        install, then run the tests"
 	@echo "make check       install, then format, lint, types and unit tests"
+	@echo "make fuzz        install, then 180,000 cases of wrong text in files and options"
 	@echo "make chaos       install, then kill jobs, stop the tracking server, run many jobs at once: a table, an hour"
 	@echo "make bench       install, then measure into benchmarks/results.json"
 	@echo "make demo-model  install, then train the demo model from scratch into build/demo-model"
@@ -43,6 +44,9 @@ lint: $(INSTALLED)
 
 unit: $(INSTALLED)
 	PATH="$(BIN):$$PATH" pytest -m "not slow and not multiproc and not browser" tests/unit tests/policy $(PYTEST)
+
+fuzz: $(INSTALLED)
+	PATH="$(BIN):$$PATH" pytest --hypothesis-profile=fuzz --hypothesis-show-statistics tests/contract/test_fuzz.py
 
 chaos: $(INSTALLED)
 	PATH="$(BIN):$$PATH" python -m tests.chaos $(CHAOS)

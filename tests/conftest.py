@@ -33,6 +33,8 @@ for _name in _UNSET:
 
 # The same cases each time, whatever the machine does meanwhile, and no database of failures.
 hypothesis.settings.register_profile("tsp", database=None, deadline=None, derandomize=True)
+# `make fuzz`: other cases each time, and many.
+hypothesis.settings.register_profile("fuzz", database=None, deadline=None, max_examples=20_000, print_blob=True)
 hypothesis.settings.load_profile("tsp")
 
 

@@ -1,6 +1,7 @@
 """`tsp tune`: search the settings of a job, within a time; and what `deepspeed` starts for it on each rank."""
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -92,6 +93,8 @@ def _asked_for(options: Mapping[str, Any]) -> "tuple[JobConfig, tuple[Knob, ...]
     from tsp.yaml12 import read_yaml
 
     require_optuna()
+    if not math.isfinite(options["minutes"]):
+        raise ConfigError(f"--minutes must be a number of minutes, got {options['minutes']}")
     configs = configs_from_options({**options, "register": None, "no_register": False})
     if len(configs) > 1 or configs[0][0]:
         raise ConfigError(

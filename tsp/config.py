@@ -8,6 +8,7 @@ The layers of a job, weakest first: defaults here, the demo's YAML (no model giv
 import difflib
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -182,4 +183,5 @@ def _nearest(loc: tuple[str | int, ...]) -> str:
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
         section = annotation
     near = difflib.get_close_matches(str(loc[-1]), list(section.model_fields), n=1)
-    return f", did you mean {near[0]}?" if near else f"; known are {', '.join(section.model_fields)}"
+    known = textwrap.shorten(", ".join(section.model_fields), 100, placeholder=" ...")
+    return f", did you mean {near[0]}?" if near else f"; known are {known}"

@@ -19,6 +19,10 @@ from tsp.masking import mask_logs, masked
 if TYPE_CHECKING:
     import psutil
 
+LINE = 200
+"""Characters of an error line, at most."""
+_CUT = " ... (all of it: --debug)"
+
 # The launcher kills all ranks when one ends with an error. Rank 0 is to have the word before that.
 _SILENCE_S = 30.0
 
@@ -111,7 +115,8 @@ def _end(message: str, code: int, debug: bool, picture: str = "") -> None:
         print(masked(picture), file=sys.stderr)
     # A name out of a file may hold what a terminal obeys.
     line = "".join(sign if sign.isprintable() else " " for sign in masked(message))
-    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    line = f"error: {' '.join(line.split())}"
+    print(line if len(line) <= LINE else line[: LINE - len(_CUT)] + _CUT, file=sys.stderr, flush=True)
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         # In the middle of a step the other ranks' collectives would keep the interpreter from ending.

@@ -135,7 +135,10 @@ def read_policy(path: Path) -> Policy:
         wrong = [row for row in rows if not isinstance(row, str)]
         if wrong:
             raise ConfigError(f"{path}: {alias} must list requirements like ppl_ratio<=1.10, got {wrong[0]!r}")
-        found[alias] = tuple(map(read_requirement, rows))
+        try:
+            found[alias] = tuple(map(read_requirement, rows))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {alias}: {error}") from None
     plain = json.dumps({alias: [str(one) for one in rows] for alias, rows in found.items()}, sort_keys=True)
     return Policy(source=str(path), hash=hashlib.sha256(plain.encode()).hexdigest()[:16], requirements=found)
 

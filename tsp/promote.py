@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsp.errors import ModelError
+from tsp.errors import ConfigError, ModelError
 from tsp.evidence import Measured, how_to_measure, measured_of, relative_to
-from tsp.policy import Policy, Requirement, Verdict, check_alias, judge, read_requirement, required_of
+from tsp.policy import Policy, Requirement, Verdict, check_alias, check_model_name, judge, read_requirement, required_of
 from tsp.tracking.manifest import file_faults
 from tsp.tracking.promotion import (
     PREVIOUS,
@@ -87,7 +87,7 @@ def promote(wanted: Wanted, *, root: Path, measure: Measure | None = None) -> Ou
         PromotionError: somebody moved the alias without tsp while it was moved.
         TrackingError: the store cannot be used.
     """
-    check_alias(wanted.alias)
+    _check_words(wanted.name, wanted.alias, wanted.expected)
     required = required_of(wanted.policy, wanted.alias) if wanted.policy else ()
     required = (*required, *wanted.requirements) or tuple(map(read_requirement, DEFAULT))
     with registry(root) as client:
@@ -115,6 +115,13 @@ def promote(wanted: Wanted, *, root: Path, measure: Measure | None = None) -> Ou
         return _decided(client, decision, wanted)
 
 
+def _check_words(name: str, alias: str, expected: str | None) -> None:
+    check_model_name(name)
+    check_alias(alias)
+    if expected not in (None, "none") and not expected.isdecimal():
+        raise ConfigError(f"--expect-champion must be the number of a version, or none, got {expected!r}")
+
+
 def roll_back(name: str, *, alias: str, reason: str, expected: str | None, dry_run: bool, root: Path) -> Outcome:
     """Give an alias back to the version that had it before; recorded like a promotion.
 
@@ -122,7 +129,7 @@ def roll_back(name: str, *, alias: str, reason: str, expected: str | None, dry_r
         ModelError: nobody had it before, or that version's files are gone.
         ConfigError, PromotionError, TrackingError: as `promote`.
     """
-    check_alias(alias)
+    _check_words(name, alias, expected)
     with registry(root) as client:
         there = {str(version.version) for version in versions_of(client, name)}
         now, before = holder(client, name, alias), holder(client, name, f"{PREVIOUS}{alias}")

@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--ds {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--ds {path}: no valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--ds {path}: must be an object, got {type(content).__name__}")

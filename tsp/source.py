@@ -262,4 +262,4 @@ def _count(module: nn.Module) -> int:
 
 def one_line(error: Exception) -> str:
     """What went wrong, for the end of a message."""
-    return " ".join(masked(str(error)).split())[:300]
+    return " ".join(masked(str(error)).split())[:100]

@@ -38,7 +38,12 @@ def verify(
 
     Returns:
         One row a check: `name`, `ok`, `found`.
+
+    Raises:
+        ModelError: there is no such folder.
     """
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}; give the one of a checkpoint")
     try:
         source = open_source(ModelConfig(path=str(folder), trust_remote_code=trust))
     except ModelError as error:

@@ -4,6 +4,7 @@ PyYAML reads version 1.1; only the scalars' resolvers differ here.
 """
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,21 @@ def parse_yaml(text: str, place: str) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{place}: no valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        said = textwrap.shorten(str(error), 120, placeholder=" ...")
+        raise ConfigError(f"{place}: no valid YAML: {said}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2."""
+    """PyYAML's safe loader with the scalars of YAML 1.2, where no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<" and key.value in seen:
+                raise yaml.YAMLError(f"{key.value!r} stands twice{key.start_mark}")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -56,7 +56,7 @@ def told(made):
         (0, {}),
         (0, {"model__dtype": "bf16"}),
         (0, {"stage2__trainable": "none", "stage2__gates": "hold"}),
-        (2, {"stage2__trainable": "full", "stage2__gates": "anneal"}),
+        pytest.param(2, {"stage2__trainable": "full", "stage2__gates": "anneal"}, marks=pytest.mark.slow),
         pytest.param(2, {"model__dtype": "bf16"}, marks=pytest.mark.slow),
         (3, {"train__accumulation": 2, "stage2__weight_decay": 0.1}),
         (3, {"stage2__trainable": "full", "stage2__gates": "anneal"}),

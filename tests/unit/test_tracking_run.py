@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tsp.errors import TrackingError
+from tsp.errors import ConfigError, TrackingError
 from tsp.tracking import run as run_module
 from tsp.tracking.run import NullTracker, Tracker, start_run
 from tsp.tracking.spool import Spool, sync
@@ -201,7 +201,7 @@ def test_run_that_does_not_exist_is_an_error(root, monkeypatch):
 
 def test_tags_from_the_environment_must_be_json(root, monkeypatch):
     monkeypatch.setenv("MLFLOW_TAGS", "team=a")
-    with pytest.raises(TrackingError, match="MLFLOW_TAGS must be a JSON object"):
+    with pytest.raises(ConfigError, match="MLFLOW_TAGS must be a JSON object"):
         start(root)
 
 

@@ -3,9 +3,8 @@
     name, version = register_checkpoint(tracker.uri, Path("out/model"), "demo-pruned", run_id=tracker.run_id, ...)
     folder = checkpoint_path("models:/demo-pruned/1", Path.cwd())
 
-No weights are loaded, and none are copied where the artifact store is on the same disk: they are hard-linked. The
-version loads as a transformers pipeline and as a pyfunc, and holds no pickle: only files of known kinds go in (see
-`safety.known_files`). Promotion (aliases, gates, history) is not here.
+No weights are loaded, and none are copied where the artifact store is on the same disk: they are hard-linked. A version
+loads as a transformers pipeline and as a pyfunc; only files of known kinds go in, no pickle (`safety.known_files`).
 """
 
 import importlib.metadata
@@ -24,8 +23,9 @@ from tsp.config import ModelConfig
 from tsp.errors import ModelError, TrackingError
 from tsp.masking import masked
 from tsp.safety import known_files
+from tsp.tracking.existing import existing_store
 from tsp.tracking.manifest import MANIFEST_TAG, write_manifest
-from tsp.tracking.store import http_limits, mlruns_folder, open_store, resolve_uri, shown
+from tsp.tracking.store import http_limits, mlruns_folder, open_store, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -93,14 +93,14 @@ def checkpoint_path(uri: str, root: Path) -> Path:
         root: working directory of the job. A version in a remote store is downloaded once, to `mlruns/cache` below it.
 
     Raises:
-        ModelError: no such version, or it holds no Hugging Face checkpoint.
+        ConfigError, ModelError: no store, no such version, or it holds no Hugging Face checkpoint.
         TrackingError: the store does not answer.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     name, wanted = split_uri(uri)
-    store = resolve_uri(root)
+    store = existing_store(root)
     open_store(store, root)
     client = MlflowClient(store)
     try:

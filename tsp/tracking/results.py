@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from tsp.config import flatten
 from tsp.errors import ConfigError, TrackingError
+from tsp.tracking.existing import existing_store
 from tsp.tracking.links import links_of
 from tsp.tracking.run import experiment_name
-from tsp.tracking.store import open_store, resolve_uri, shown, sqlite_path
+from tsp.tracking.store import open_store, resolve_uri, shown
 from tsp.yaml12 import parse_yaml
 
 if TYPE_CHECKING:
@@ -69,12 +70,7 @@ def finished_jobs(root: Path, experiment: str | None) -> list[FinishedJob]:
     # A bar for each of hundreds of small files would be all that is seen.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     name = experiment_name(experiment)
-    uri = resolve_uri(root)
-    path = sqlite_path(uri)
-    if path is not None and not path.exists():
-        raise ConfigError(
-            f"there is no tracking store {path}; run this where the jobs ran, or set MLFLOW_TRACKING_URI to their store"
-        )
+    uri = existing_store(root)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsp.errors import TrackingError
+from tsp.errors import ConfigError, TrackingError
 from tsp.masking import masked
 from tsp.tracking.links import links_of
 from tsp.tracking.null import NullTracker, Status
@@ -275,7 +275,7 @@ def _tags_from_environment() -> dict[str, str]:
     except ValueError:
         tags = None
     if not isinstance(tags, dict):
-        raise TrackingError(f"""MLFLOW_TAGS must be a JSON object like {{"team": "x"}}, got {text!r}""")
+        raise ConfigError(f"""MLFLOW_TAGS must be a JSON object like {{"team": "x"}}, got {text!r}""")
     return {str(key): str(value) for key, value in tags.items()}
 
 

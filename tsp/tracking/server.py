@@ -76,6 +76,8 @@ def serve(
     elif not is_loopback(host):
         print("warning: without users, whoever reaches this server may read and delete everything", file=sys.stderr)
     check_port(host, port)
+    if auth and admin_password_file:
+        admin_of(admin_password_file, folder)  # It is refused before anything is made.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     admin = admin_of(admin_password_file, folder) if auth else None
     _open_database(uri, root)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from tsp.errors import TrackingError
+from tsp.errors import ConfigError, TrackingError
 from tsp.masking import masked
 from tsp.tracking.note import NOTE_TAG, note_for
 from tsp.tracking.schema import age_of, sqlite_revision
@@ -56,7 +56,7 @@ def resolve_uri(folder: Path) -> str:
         directory silently gets a second database), else the embedded sqlite file `mlruns/mlflow.db` below `folder`.
 
     Raises:
-        TrackingError: the variable names a folder of files, a kind of store that MLflow has closed.
+        ConfigError: the variable names something else, like a folder of files, which MLflow no longer writes.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if not uri:
@@ -64,10 +64,10 @@ def resolve_uri(folder: Path) -> str:
     path = sqlite_path(uri)
     if path is not None:
         return f"sqlite:///{Path(folder).resolve() / path}"
-    if "://" not in uri and uri != "databricks":
-        raise TrackingError(
-            f"MLFLOW_TRACKING_URI must be sqlite:////ABSOLUTE/FILE.db or http(s)://HOST:PORT, got {uri!r}: "
-            f"MLflow no longer writes plain folders; unset it to use {mlruns_folder(folder) / 'mlflow.db'}"
+    if not re.match(r"(https?|postgresql(\+\w+)?|mysql(\+\w+)?|mssql(\+\w+)?|databricks)://|databricks$", uri):
+        raise ConfigError(
+            f"MLFLOW_TRACKING_URI must be sqlite:////ABSOLUTE/FILE.db or http(s)://HOST:PORT, got {masked(uri)!r}; "
+            "unset it to use mlruns/mlflow.db"
         )
     return uri
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tsp.errors import TrackingError
+from tsp.tracking.existing import existing_store
 from tsp.tracking.schema import age_of, sqlite_revision
 from tsp.tracking.store import open_store, probe_server, resolve_uri, shown, sqlite_path
 from tsp.tracking.web import LOOPBACK, VIEW, check_port, running, until_it_ends
@@ -35,17 +36,16 @@ def serve_ui(root: Path, port: int, *, writable: bool = False) -> int:
         0 after Ctrl-C; the exit code of a server that ended by itself.
 
     Raises:
-        TrackingError: no store yet, a store this mlflow cannot read, a port in use, no start, or a tracking server that
+        ConfigError: no store yet, or no such port.
+        TrackingError: a store this mlflow cannot read, a port in use, no start, or a tracking server that
             does not answer.
     """
-    uri = resolve_uri(root)
+    check_port(LOOPBACK, port)
+    uri = existing_store(root)
     path = sqlite_path(uri)
     if path is None:
         print_links(links(shown(uri), uri))
         return 0
-    if not path.exists() or path.stat().st_size == 0:
-        raise TrackingError(f"there is no tracking store {path} yet; prune a model first, or go to the folder of one")
-    check_port(LOOPBACK, port)
     open_store(uri, root)
     with site(path, port, writable=writable) as server:
         print_links(links(f"http://{LOOPBACK}:{port}", uri))

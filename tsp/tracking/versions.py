@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsp.errors import ModelError, TrackingError
+from tsp.tracking.existing import existing_store
 from tsp.tracking.links import links_of
 from tsp.tracking.promotion import LOCK
 from tsp.tracking.registry import default_store
 from tsp.tracking.results import KIND_TAG, artifact_reader
-from tsp.tracking.store import ensure_experiment, open_store, resolve_uri, sqlite_path
+from tsp.tracking.store import ensure_experiment, open_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,15 +52,10 @@ def registry(root: Path) -> "Iterator[MlflowClient]":
         root: working directory of the jobs.
 
     Raises:
-        ModelError: there is no store yet.
+        ConfigError: there is no store yet.
         TrackingError: it cannot be used, or something in the block was refused by it.
     """
-    uri = resolve_uri(root)
-    path = sqlite_path(uri)
-    if path is not None and not path.exists():
-        raise ModelError(
-            f"there is no tracking store {path}; run this where the jobs ran, or set MLFLOW_TRACKING_URI to their store"
-        )
+    uri = existing_store(root)
     # A bar for each of many small files would be all that is seen.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tsp.errors import TrackingError
+from tsp.errors import ConfigError, TrackingError
 
 LOOPBACK = "127.0.0.1"
 
@@ -39,14 +39,15 @@ def check_port(host: str, port: int) -> None:
     """Whether a server could listen there.
 
     Raises:
-        TrackingError: it could not; the message says why.
+        ConfigError: no such port or address.
+        TrackingError: it is not to be had.
     """
     if not 1 <= port <= 65535:
-        raise TrackingError(f"--port must be in [1, 65535], got {port}")
+        raise ConfigError(f"--port must be in [1, 65535], got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise TrackingError(f"--host {host} is no address of this machine ({error.strerror})") from None
+        raise ConfigError(f"--host {host} is no address of this machine ({error.strerror})") from None
     with socket.socket(family, kind, protocol) as probe:
         # As servers do: a port that a server has just left is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
