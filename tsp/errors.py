@@ -35,6 +35,10 @@ class DataError(TspError):
     exit_code = 2
 
 
+class StorageError(TspError):
+    """A disk that is full, read-only or gone."""
+
+
 class NumbersError(TspError):
     """Numbers that are not finite, again and again."""
 

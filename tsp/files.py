@@ -1,8 +1,13 @@
-"""Files on disk: their hash, and that they are really there."""
+"""Files on disk: their hash, that they are really there, and whether there is room for more."""
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
+
+from tsp.errors import StorageError
+
+GIB = 2**30
 
 
 def sha256(path: Path) -> str:
@@ -12,6 +17,22 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def require_room(folder: Path, num_bytes: int) -> None:
+    """Whether there is room for so many bytes.
+
+    Args:
+        folder: where they go; the nearest one above it that exists is looked at.
+        num_bytes: that are needed.
+
+    Raises:
+        StorageError: there is not.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if num_bytes > free:
+        raise StorageError(f"{folder} needs {num_bytes / GIB:.4g} GiB, {free / GIB:.4g} GiB are free there")
 
 
 def sync(path: Path) -> None:

@@ -76,7 +76,11 @@ class Journal:
         self._entries.append({"question": digest, "values": values})
         self._next += 1
         if self._path is not None:
-            _append(self._path, self._entries[-1])
+            try:
+                _append(self._path, self._entries[-1])
+            except OSError as error:
+                log.warning("journal: %s cannot be written (%s); the job goes on without it", self._path, error)
+                self._path = None
         return values
 
     def _forget_the_rest(self) -> None:

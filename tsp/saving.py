@@ -6,18 +6,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tsp.checkpoint import prove, save_without
 from tsp.config import ModelConfig
 from tsp.decoder import Decoder
 from tsp.engine import Engine
-from tsp.errors import ModelError
+from tsp.errors import ModelError, StorageError
 from tsp.evaluation.state import Exam
+from tsp.files import GIB, require_room
 from tsp.job import Job
 from tsp.quantize import Quantized, in_int8
 from tsp.records import DropReport
 from tsp.shared import Shared, Stopwatch
+from tsp.sizes import size_gib
 from tsp.source import Source, open_source
 
 log = logging.getLogger("tsp")
@@ -39,9 +42,20 @@ def save(
     tokens: Tensor,
     logits: Tensor,
 ) -> DropReport:
-    """Write the checkpoint and prove it in a fresh process."""
+    """Write the checkpoint and prove it in a fresh process.
+
+    Raises:
+        StorageError: there is no room for it, or it cannot be written; nothing of it is left.
+    """
     source = job.source
-    save_without(decoder, source, dropped, checkpoint, gathered=engine.gathered, write=engine.is_first)
+    need = int(size_gib(source, dropped) * GIB)
+    engine.on_first(lambda: require_room(checkpoint, need))
+    try:
+        save_without(decoder, source, dropped, checkpoint, gathered=engine.gathered, write=engine.is_first)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{checkpoint} ({need / GIB:.4g} GiB) cannot be written: {error}; mend that, and go on with --resume latest"
+        ) from error
     return engine.on_first(lambda: _prove(checkpoint, tokens, logits, dropped, source))
 
 

@@ -13,15 +13,16 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tsp.files import sha256, sync
+from tsp.errors import StorageError
+from tsp.files import require_room, sha256, sync
 from tsp.settings import StateConfig
 from tsp.training import StepStats
 
@@ -157,16 +158,14 @@ def _write(folder: Path, stem: str, tensors: dict[str, Tensor], told: dict[str, 
     temporary = folder / f"{stem}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        need = sum(tensor.nbytes for tensor in tensors.values())
-        free = shutil.disk_usage(folder).free
-        if need > free:
-            raise OSError(f"it needs {need / 2**30:.3g} GiB, {free / 2**30:.3g} GiB are free")
+        require_room(folder, sum(tensor.nbytes for tensor in tensors.values()))
         save_file(tensors, temporary, {"told": json.dumps(told)})
         sync(temporary)
         os.replace(temporary, folder / f"{stem}-{sha256(temporary)[:16]}.safetensors")
         sync(folder)
         for old in _files(folder)[:-KEPT]:
             old.unlink()
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError, StorageError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         log.warning("the training state was not kept in %s (%s); the job goes on", folder, error)

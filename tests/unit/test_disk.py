@@ -1,0 +1,137 @@
+"""Disks that are full or read-only: a clear error, what was there stays, nothing half-written."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.models import REPOSITORY, bench, corpus_file, job, model_folder, sample, tiny_model, tokens
+from tsp.errors import StorageError
+from tsp.files import require_room
+from tsp.journal import Journal
+from tsp.methods.trsp.stage2 import transfer
+from tsp.settings import StateConfig
+from tsp.states import States
+
+SETTINGS = {"stage2__lr": 0.02, "stage2__steps": 4}
+
+
+class Disk:
+    """A file system of a size of its own."""
+
+    def __init__(self, place, size):
+        self.place = place
+        place.mkdir()
+        self._mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", place)
+
+    def remount(self, options):
+        self._mount("-o", f"remount,{options}", self.place)
+
+    def fill(self):
+        """To the last byte."""
+        with (self.place / "filler").open("wb", buffering=0) as file:
+            try:
+                while file.write(b"\0" * 4096):
+                    pass
+            except OSError:
+                return
+
+    def close(self):
+        subprocess.run(["umount", "--lazy", str(self.place)], check=True)
+
+    def _mount(self, *words):
+        subprocess.run(["mount", *map(str, words)], check=True, capture_output=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Makes one."""
+    made = []
+
+    def make(size):
+        try:
+            made.append(Disk(tmp_path / f"disk-{len(made)}", size))
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a file system cannot be mounted here: {error}")
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_room_is_seen_before_it_is_needed(disk):
+    small = disk("1m")
+    require_room(small.place / "new" / "folder", 1_000_000)
+    with pytest.raises(StorageError, match=r"needs 2 GiB, 0.0009\d+ GiB are free"):
+        require_room(small.place / "new" / "folder", 2**31)
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_without_room_for_a_state_the_job_goes_on_and_the_earlier_one_is_whole(disk, how, caplog):
+    small, spoilt = disk("8m"), []
+    made = bench(tiny_model(num_layers=4), tokens(16, 16), job(**SETTINGS))
+    made.states = States(made.engine, small.place, "one", StateConfig(every_steps=2))
+
+    def after_step(stage, stats, gates):
+        if stats.step == 3:
+            spoilt.extend(small.place.glob("*.safetensors"))
+            small.fill() if how == "full" else small.remount("ro")
+
+    made.after_step = after_step
+    transfer(made, (1, 2), save_dtype=torch.float32)
+    assert made.transfer_steps == SETTINGS["stage2__steps"]
+    assert "the training state was not kept" in caplog.text
+    [kept] = small.place.glob("*.safetensors")
+    assert spoilt == [kept]
+    assert not list(small.place.glob("*.tmp"))
+
+    again = bench(tiny_model(num_layers=4), tokens(16, 16), job(**SETTINGS))
+    again.states = States(again.engine, small.place, "one", StateConfig(every_steps=2))
+    seen = []
+    again.after_step = lambda stage, stats, gates: seen.append(stats.step)
+    transfer(again, (1, 2), save_dtype=torch.float32)
+    assert seen == [2, 3]
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_without_room_for_the_journal_the_job_goes_on(disk, how, caplog):
+    small = disk("64k")
+    path = small.place / "state" / "journal.jsonl"
+    path.parent.mkdir()
+    journal = Journal("job", (), path)
+    journal.once({"n": 1}, lambda: [1.0])
+    small.fill() if how == "full" else small.remount("ro")
+    for number in range(2, 2000):
+        assert journal.once({"n": number}, lambda number=number: [float(number)]) == [float(number)]
+    assert caplog.text.count("the job goes on without it") == 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_room_is_an_error_and_with_room_the_job_goes_on(disk, tmp_path):
+    model = tiny_model(num_layers=6)
+    folder, text = model_folder(tmp_path / "model", model), corpus_file(tmp_path / "text.jsonl", sample(model, 160, 16))
+    small = disk("200k")
+    words = [REPOSITORY / "launchers/prune.py", "--model", folder, "--data", text, "--num-drop", "2", "--no-register"]
+    words += ["--output", small.place / "out", "--resume", "latest"]
+    for setting in ("data.block_tokens=16", "eval.block_tokens=16", "eval.prompts=0", "eval.speed_runs=0"):
+        words += ["--set", setting]
+
+    def start():
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    done = start()
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert done.stderr.count("error: ") == 1
+    assert "GiB are free there" in done.stderr.strip().splitlines()[-1]
+    assert not list((small.place / "out").rglob("*.safetensors"))
+
+    small.remount("size=4m")
+    done = start()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (small.place / "out" / "model" / "model.safetensors").is_file()
+    assert (small.place / "out" / "result.json").is_file()
