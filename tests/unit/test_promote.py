@@ -269,6 +269,6 @@ def test_audit_finds_a_decision_that_was_not_carried_out(shop):
 
 
 def test_no_store_is_wrong_input(tmp_path):
-    with pytest.raises(ModelError, match="there is no tracking store"):
+    with pytest.raises(ConfigError, match="there is no tracking store"):
         promote(Wanted(name=shop.name, version="1"), root=tmp_path)
     assert not list(tmp_path.iterdir())

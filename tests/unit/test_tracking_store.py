@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tsp.errors import TrackingError
+from tsp.errors import ConfigError, TrackingError
 from tsp.tracking.store import ensure_experiment, open_store, resolve_uri
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def test_uri_is_absolute_wherever_it_comes_from(tmp_path, monkeypatch):
 @pytest.mark.parametrize("uri", ["./mlruns", "/data/mlruns"])
 def test_plain_folder_is_refused_with_a_hint(tmp_path, monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(TrackingError, match="sqlite:////ABSOLUTE"):
+    with pytest.raises(ConfigError, match="sqlite:////ABSOLUTE"):
         resolve_uri(tmp_path)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tsp.errors import TrackingError
+from tsp.errors import ConfigError, TrackingError
 from tsp.tracking.run import start_run
 from tsp.tracking.store import open_store
 from tsp.tracking.ui import links, serve_ui
@@ -42,7 +42,7 @@ def root(tmp_path_factory):
 
 
 def test_without_a_store_nothing_is_started_or_made(tmp_path):
-    with pytest.raises(TrackingError, match=r"there is no tracking store .*/mlruns/mlflow\.db yet"):
+    with pytest.raises(ConfigError, match=r"there is no tracking store .*/mlruns/mlflow\.db"):
         serve_ui(tmp_path, free_port())
     assert list(tmp_path.iterdir()) == []
 
@@ -58,7 +58,7 @@ def test_port_in_use_is_refused(root):
 
 @pytest.mark.parametrize("port", [0, -1, 65536])
 def test_port_out_of_range_is_refused(root, port):
-    with pytest.raises(TrackingError, match=rf"--port must be in \[1, 65535\], got {port}"):
+    with pytest.raises(ConfigError, match=rf"--port must be in \[1, 65535\], got {port}"):
         serve_ui(root, port)
 
 
