@@ -377,6 +377,6 @@ def test_doctor_prints_one_json_document_and_nothing_else():
 
 def test_ui_without_a_store_fails_in_one_line():
     done = run("ui")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: there is no tracking store")
     assert len(done.stderr.strip().splitlines()) == 1
