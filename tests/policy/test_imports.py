@@ -53,7 +53,7 @@ FLOORS = {
         "tsp.source",
         "tsp.surgery",
     ),
-    "machines": ("tsp.engine", "tsp.journal", "tsp.mounted", "tsp.tracking", "tsp.training"),
+    "machines": ("tsp.engine", "tsp.heartbeat", "tsp.journal", "tsp.mounted", "tsp.tracking", "tsp.training"),
     "methods": ("tsp.methods",),
     "whole": (
         "tsp.advise",
@@ -71,6 +71,7 @@ FLOORS = {
         "tsp.job",
         "tsp.loaders",
         "tsp.monitor",
+        "tsp.nodes",
         "tsp.outcome",
         "tsp.pipeline",
         "tsp.plan",
