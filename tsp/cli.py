@@ -204,14 +204,17 @@ def demo_train(output: Path, tokens: int | None, tiny: bool, compile: bool) -> N
 def _prune(options: dict[str, Any], world_size: int) -> None:
     configs = configs_from_options(options)
     root, ds_path, output = Path.cwd(), sharding_path(options), options["output"]
-    from tsp.job import prepare
+    from tsp.job import inputs_of, prepare
+    from tsp.nodes import agreed
     from tsp.report import print_plan, print_result
 
     if configs[0][0]:
         _sweep(options, configs, world_size)
         return
-    resume = options["resume"]
-    job = prepare(configs[0][1], ds_path, output, root=root, world_size=world_size, resume=bool(resume))
+    config, resume = configs[0][1], options["resume"]
+    job = agreed(
+        lambda: prepare(config, ds_path, output, root=root, world_size=world_size, resume=bool(resume)), inputs_of
+    )
     if options["dry_run"]:
         if is_first_rank():
             print_plan(job)
@@ -230,11 +233,16 @@ def _prune(options: dict[str, Any], world_size: int) -> None:
 
 
 def _sweep(options: dict[str, Any], configs: list[tuple[dict[str, Any], Any]], world_size: int) -> None:
+    from tsp.job import inputs_of
+    from tsp.nodes import agreed
     from tsp.report import print_plan, print_sweep
     from tsp.sweep import prepare_sweep, run_sweep
 
     root, ds_path, output = Path.cwd(), sharding_path(options), options["output"]
-    jobs = prepare_sweep(configs, ds_path, output, root=root, world_size=world_size)
+    jobs = agreed(
+        lambda: prepare_sweep(configs, ds_path, output, root=root, world_size=world_size),
+        lambda jobs: inputs_of(*jobs),
+    )
     if options["dry_run"]:
         if is_first_rank():
             print_plan(*jobs)

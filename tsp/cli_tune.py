@@ -5,6 +5,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,9 +108,12 @@ def _asked_for(options: Mapping[str, Any]) -> "tuple[JobConfig, tuple[Knob, ...]
 
 def _tune(options: dict[str, Any], world_size: int, document: Path | None = None) -> None:
     config, knobs = _asked_for(options)
+    from tsp.job import inputs_of
+    from tsp.nodes import agreed
     from tsp.search import prepare_search
 
-    search = prepare_search(
+    prepare = partial(
+        prepare_search,
         config,
         knobs,
         sharding_path(options),
@@ -120,6 +124,7 @@ def _tune(options: dict[str, Any], world_size: int, document: Path | None = None
         root=Path.cwd(),
         world_size=world_size,
     )
+    search = agreed(prepare, lambda search: inputs_of(search.job))
     if options["dry_run"]:
         if is_first_rank():
             from tsp.report import print_plan

@@ -21,21 +21,23 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tsp.config import JobConfig, TrainConfig
-from tsp.errors import TspError
+from tsp.errors import portable
+from tsp.heartbeat import joined
 from tsp.machine import (
     GIB,
     compiled_cpu_op,
     copied_weights,
     held_bytes,
+    join_nobody,
     peak_gib,
     put_back,
+    put_ninja_on_path,
     ranks_on_this_node,
     start_peak,
     unlink_shared_buffer,
@@ -47,6 +49,28 @@ from tsp.sharding import AdamW, Gradients, with_optimizer
 Value = TypeVar("Value")
 
 log = logging.getLogger("tsp")
+
+
+def join() -> torch.device:
+    """Join the other processes of the job, unless that is done; the device of this one."""
+    put_ninja_on_path()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    join_nobody()
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu" and compiled_cpu_op() is None and os.environ["RANK"] == "0":
+        log.warning("deepspeed compiles an operation for this CPU now, about a minute; the next job finds it")
+    if not gc.get_freeze_count():
+        gc.freeze()  # The collection after each mounting need not look at what the imports made.
+    deepspeed.init_distributed(verbose=False)
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    joined()
+    return torch.device(accelerator.current_device_name())
 
 
 class Engine:
@@ -81,29 +105,9 @@ class Engine:
             config: the job's.
             sharding: what `sharding.resolve` made of the DeepSpeed JSON.
         """
-        # deepspeed compiles at its first use, and torch looks for ninja on PATH only: there a virtual environment that
-        # is not activated does not have it.
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        import deepspeed
         import transformers
-        from deepspeed.accelerator import get_accelerator
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        if "MASTER_ADDR" not in os.environ and not torch.distributed.is_initialized():
-            # No launcher: we are the only process, and need neither a port nor a network.
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        accelerator = get_accelerator()
-        if accelerator.device_name() == "cpu" and compiled_cpu_op() is None and os.environ["RANK"] == "0":
-            log.warning("deepspeed compiles an operation for this CPU now, about a minute; the next job finds it")
-        if not gc.get_freeze_count():
-            gc.freeze()  # The collection after each mounting need not look at what the imports made.
-        deepspeed.init_distributed(verbose=False)
-        if accelerator.device_name() != "cpu":
-            accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-        device = torch.device(accelerator.current_device_name())
+        device = join()
         if device.type == "cpu":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_node()))
             torch.use_deterministic_algorithms(True, warn_only=True)
@@ -151,8 +155,8 @@ class Engine:
             model: its parameters with `requires_grad` are trained.
             optimizer: None: nothing is trained.
         """
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        assert bool(trainable) == (optimizer is not None), "an optimizer and something to train, or neither"
+        trainable = any(parameter.requires_grad for parameter in model.parameters())
+        assert trainable == (optimizer is not None), "an optimizer and something to train, or neither"
         self._set_checkpointing(model)
         if self.zero_stage < 3 and optimizer is None:
             yield Mounted(model.to(self.device), None, self._accumulation)
@@ -266,7 +270,7 @@ class Engine:
                 value = make()
             except Exception as raised:  # noqa: BLE001  The others would wait for rank 0's word forever.
                 error = raised
-        value, told = self.from_first((value, error if error is None else _plain(error)))
+        value, told = self.from_first((value, error if error is None else portable(error, 0)))
         if told is not None:
             raise error or told
         return value
@@ -281,6 +285,7 @@ class Engine:
 
     def stop(self) -> None:
         """Leave the other processes."""
+        joined().stop()
         torch.distributed.destroy_process_group()
 
     def _set_checkpointing(self, model: nn.Module) -> None:
@@ -289,11 +294,6 @@ class Engine:
         if self._activation_checkpointing:
             enable: Any = model.gradient_checkpointing_enable
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _plain(error: Exception) -> Exception:
-    """The error as other processes can read it."""
-    return error if isinstance(error, TspError) else RuntimeError(f"rank 0: {type(error).__name__}: {error}")
 
 
 def _hooks(model: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:

@@ -67,5 +67,19 @@ class MonitoringError(TspError):
     exit_code = 3
 
 
+class NodeError(TspError):
+    """Another node of the job is gone or cannot be reached."""
+
+
 class TrackingError(TspError):
     """The tracking store or the registry cannot be used."""
+
+
+def is_everywhere(error: Exception) -> bool:
+    """Whether what is wrong is wrong on every rank, so that the ranks can leave it behind together."""
+    return isinstance(error, TspError) and not isinstance(error, NodeError)
+
+
+def portable(error: Exception, rank: int) -> Exception:
+    """The error of a rank as other processes can read it."""
+    return error if isinstance(error, TspError) else RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")

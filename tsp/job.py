@@ -20,7 +20,7 @@ from tsp.config import JobConfig, number_to_drop
 from tsp.data import Corpora, Corpus, load_corpora
 from tsp.evaluation.generation_speed import check_fits
 from tsp.evaluation.zero_shot import Tasks, open_tasks
-from tsp.machine import weights_dtype
+from tsp.machine import is_first_node, weights_dtype
 from tsp.masking import masked
 from tsp.methods import TRANSFERS
 from tsp.plan import Plan, make_plan
@@ -184,9 +184,19 @@ def prepare(
 ) -> Job:
     """Check a single job; see `Preparation.job`. Whose folder `output` is, is seen later of one that goes on."""
     preparation = Preparation(ds_path, root=root, world_size=world_size)
-    if output is not None and not resume:
+    if output is not None and not resume and is_first_node():
         require_new(output)
     return preparation.job(config, output)
+
+
+def inputs_of(*jobs: Job) -> dict[str, Any]:
+    """What all nodes have to have alike, by name. Two copies of a file have two dates, but one name and size."""
+    files = {path for job in jobs for path in job.source.folder.iterdir() if path.suffix in (".json", ".safetensors")}
+    return {
+        "settings": [(job.config.model_dump(mode="json"), job.sharding) for job in jobs],
+        "model files": sorted((path.name, path.stat().st_size) for path in files),
+        "texts": [corpus.fingerprint for job in jobs for corpus in (job.calibration, *job.evals)],
+    }
 
 
 def _protected(config: JobConfig, source: Source) -> frozenset[int]:

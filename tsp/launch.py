@@ -12,6 +12,8 @@ from tsp.options import is_given
 from tsp.paths import shipped
 
 _PASSED_ON = {"nproc": "num_accelerators", "hostfile": "hostfile", "include": "include", "master_port": "master_port"}
+# Without the file deepspeed would use this node alone, and say so below the level that we let it speak at.
+_EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 def launcher_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,7 +21,7 @@ def launcher_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--master-port", type=int, help="Passed on to deepspeed."),
         click.option("--include", help="Passed on to deepspeed."),
-        click.option("--hostfile", type=click.Path(path_type=Path), help="Passed on to deepspeed."),
+        click.option("--hostfile", type=_EXISTING, help="Nodes and slots; passed on to deepspeed."),
         click.option("--nproc", type=click.IntRange(min=1), help="Ranks on this node [one per GPU; 1 without]."),
     ):
         command = option(command)

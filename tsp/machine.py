@@ -25,6 +25,31 @@ def ranks_on_this_node() -> int:
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
+def is_one_node() -> bool:
+    """Whether all ranks are on this node."""
+    return int(os.environ.get("WORLD_SIZE", "1")) <= ranks_on_this_node()
+
+
+def is_first_node() -> bool:
+    """Whether rank 0 is on this node: it alone writes the output."""
+    return int(os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK") or 0) == 0
+
+
+def put_ninja_on_path() -> None:
+    """deepspeed compiles at its first use, and torch looks for ninja on PATH only.
+
+    A virtual environment that is not activated is not there.
+    """
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def join_nobody() -> None:
+    """Be the only process of a job where no launcher has said otherwise; needs neither a port nor a network."""
+    if "MASTER_ADDR" not in os.environ and not torch.distributed.is_initialized():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
 def weights_dtype(config: JobConfig, device: torch.device) -> torch.dtype:
     """The dtype of the weights in memory that `model.dtype` means on this device."""
     auto = "fp32" if device.type == "cpu" else "bf16"

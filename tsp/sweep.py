@@ -18,9 +18,10 @@ from tsp.compare.groups import compare
 from tsp.compare.outputs import log_comparison
 from tsp.config import JobConfig
 from tsp.engine import Engine
-from tsp.errors import ConfigError, TspError
+from tsp.errors import ConfigError, TspError, is_everywhere
 from tsp.grid import in_words
 from tsp.job import Job, Preparation
+from tsp.machine import is_first_node
 from tsp.pipeline import run_job
 from tsp.shared import Shared
 from tsp.tracked import tracked
@@ -69,7 +70,7 @@ def prepare_sweep(
     for varied, config in configs:
         folder = output / _folder_name(varied) if output else None
         try:
-            if folder is not None and not _is_ours(folder):
+            if folder is not None and is_first_node() and not _is_ours(folder):
                 require_new(folder)
             jobs.append(preparation.job(config, folder, varied))
         except TspError as error:
@@ -131,7 +132,7 @@ def _attempt(job: Job, root: Path, shared: Shared, parent: str) -> tuple[Child, 
     except Exception as error:
         # What is wrong with a job is wrong on every rank; anything else may have struck one rank alone, for which the
         # others would wait in vain.
-        if engine.world_size > 1 and not isinstance(error, TspError):
+        if engine.world_size > 1 and not is_everywhere(error):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
         if engine.is_first:

@@ -13,6 +13,7 @@ import yaml
 from tsp import __version__
 from tsp.config import flatten
 from tsp.engine import Engine
+from tsp.heartbeat import joined
 from tsp.job import Job
 from tsp.masking import masked_tree
 from tsp.tracking.earlier import JOB_HASH
@@ -43,7 +44,8 @@ def tracked(engine: Engine, start: Callable[[], Tracker]) -> Iterator[tuple[Trac
 
     run_id = engine.on_first(open_own)
     try:
-        yield tracker, run_id
+        with joined().telling(lambda reason: tracker.finish("FAILED", reason=reason)):
+            yield tracker, run_id
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         tracker.finish("KILLED" if killed else "FAILED", reason=f"{type(error).__name__}: {error}"[:500])

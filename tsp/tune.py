@@ -18,7 +18,7 @@ from typing import Any
 
 from tsp.choose import choose
 from tsp.engine import Engine
-from tsp.errors import TspError
+from tsp.errors import TspError, is_everywhere
 from tsp.grid import in_words
 from tsp.job import Job
 from tsp.methods import transfer_check
@@ -155,7 +155,7 @@ class _Launch:
             ended = self._run(trial)
         except Exception as error:
             # As in a sweep: what is wrong on one rank alone would leave the others waiting.
-            if self._engine.world_size > 1 and not isinstance(error, TspError):
+            if self._engine.world_size > 1 and not is_everywhere(error):
                 raise
             ended = {"state": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:500]}
             # The model in memory is not to be trusted any more; what was measured of it before, is.

@@ -376,3 +376,12 @@ def test_offloading_trains_or_says_why_it_cannot_here(run, models, text, tmp_pat
     dense = logits(models["plain"], text["plain"][:4])
     before, after = (distillation_loss(result[when], dense).item() for when in ("before", "after"))
     assert after < 0.85 * before
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_rank_0_longer_than_for_each_other_at_the_start(launch, tmp_path, monkeypatch):
+    """It measures, saves and publishes alone, for a large model longer than DeepSpeed's 10 minutes; here 1."""
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "1")
+    done = launch(REPOSITORY / "tests/multiproc/waiting.py", 75, num_ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("heard done") == 2

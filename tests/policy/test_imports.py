@@ -56,6 +56,7 @@ FLOORS = {
     ),
     "machines": (
         "tsp.engine",
+        "tsp.heartbeat",
         "tsp.interrupts",
         "tsp.journal",
         "tsp.mounted",
@@ -82,6 +83,7 @@ FLOORS = {
         "tsp.job",
         "tsp.loaders",
         "tsp.monitor",
+        "tsp.nodes",
         "tsp.outcome",
         "tsp.pipeline",
         "tsp.plan",

@@ -261,8 +261,19 @@ def test_prune_starts_the_launcher_with_the_same_options(started):
     assert config_from_options(handed) == config_from_options(given)
 
 
-def test_prune_passes_the_launchers_own_options_on(started):
-    words = ["--nproc", "2", "--hostfile", "hosts", "--include", "a:0,1", "--master-port", "29501", "--num-drop", "3"]
+def test_a_hostfile_that_is_not_there_is_refused(started):
+    """deepspeed would use this node alone."""
+    done = CliRunner().invoke(main, ["prune", "--hostfile", "nowhere"])
+    assert done.exit_code == 2
+    assert "nowhere" in done.stderr
+    assert not started
+
+
+def test_prune_passes_the_launchers_own_options_on(started, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node-a slots=1\n")
+    words = ["--nproc", "2", "--hostfile", str(hosts), "--include", "a:0,1"]
+    words += ["--master-port", "29501", "--num-drop", "3"]
     CliRunner().invoke(main, ["prune", *words])
     (command,) = started
     script = command.index(str(REPOSITORY / "launchers" / "prune.py"))
@@ -270,7 +281,7 @@ def test_prune_passes_the_launchers_own_options_on(started):
     assert before == {
         "--log_level": "critical",
         "--num_accelerators": "2",
-        "--hostfile": "hosts",
+        "--hostfile": str(hosts),
         "--include": "a:0,1",
         "--master_port": "29501",
     }
