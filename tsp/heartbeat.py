@@ -148,10 +148,14 @@ def joined() -> Heartbeat:
 
     One for all engines that a process starts.
     """
+    # All on one node: its launcher ends all when one ends.
+    heartbeat = Heartbeat({} if is_one_node() else _connected(torch.distributed.get_rank()))
     torch.distributed.distributed_c10d._set_pg_timeout(COLLECTIVE)
-    if is_one_node():
-        return Heartbeat({})  # Its launcher ends all when one ends.
-    rank = torch.distributed.get_rank()
+    return heartbeat
+
+
+def _connected(rank: int) -> dict[socket.socket, str]:
+    """Rank 0's connections to all others, or another's to rank 0, and the names of those at the other end."""
     names: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(names, name_of(rank))
     server = _server() if rank == 0 else None
@@ -161,9 +165,9 @@ def joined() -> Heartbeat:
     if server is None:
         peer = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=SILENCE_S)
         peer.sendall(f"{token} {rank:08d}\n".encode())
-        return Heartbeat({peer: names[0]})
+        return {peer: names[0]}
     with server:
-        return Heartbeat({peer: names[number] for peer, number in _accepted(server, token, len(names) - 1)})
+        return {peer: names[number] for peer, number in _accepted(server, token, len(names) - 1)}
 
 
 def _server() -> socket.socket:

@@ -25,7 +25,7 @@ class Nodes:
     """Made by the fixture `nodes`."""
 
     def __init__(self):
-        self.names = [f"tsp-{os.getpid()}-{number}" for number in range(2)]
+        self.names = [f"tsp-{os.getpid()}-{node}" for node in "ab"]
         self.jobs = []
 
     def make(self):
@@ -37,6 +37,7 @@ class Nodes:
             _ip("-n", name, "address", "add", f"{address}/24", "dev", CABLE)
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", CABLE, "up")
+            _ip("netns", "exec", name, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm")
 
     def remove(self):
         for job in self.jobs:
@@ -119,10 +120,11 @@ def why_not():
         return "network namespaces need root"
     if not shutil.which("ip"):
         return "network namespaces need `ip` (iproute2)"
-    name = f"tsp-{os.getpid()}-try"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if made.returncode:
-        return f"network namespaces are not permitted: {made.stderr.strip()}"
-    used = subprocess.run(["ip", "netns", "exec", name, "true"], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-    return "" if used.returncode == 0 else f"network namespaces cannot be used: {used.stderr.strip()}"
+    tried = Nodes()
+    try:
+        tried.make()
+    except subprocess.CalledProcessError as error:
+        return f"network namespaces are not permitted: {error.stderr.strip()}"
+    finally:
+        tried.remove()
+    return ""
