@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 LINE = 200
 """Characters of an error line, at most."""
 _CUT = " ... (all of it: --debug)"
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^/\s]+/){2,}(?=[^/\s]+/)")
+"""The start of a long path: its last folder and the file stay."""
 
 # The launcher kills all ranks when one ends with an error. Rank 0 is to have the word before that.
 _SILENCE_S = 30.0
@@ -116,6 +119,8 @@ def _end(message: str, code: int, debug: bool, picture: str = "") -> None:
     # A name out of a file may hold what a terminal obeys.
     line = "".join(sign if sign.isprintable() else " " for sign in masked(message))
     line = f"error: {' '.join(line.split())}"
+    if len(line) > LINE:  # the remedy stands at its end
+        line = _FOLDERS.sub(".../", line)
     print(line if len(line) <= LINE else line[: LINE - len(_CUT)] + _CUT, file=sys.stderr, flush=True)
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():

@@ -226,13 +226,14 @@ class _Launch:
             done = stats.step + 1
             if stage != "stage2":
                 return
-            if not math.isfinite(stats.losses["lm"]):
-                raise Stopped(f"the loss of step {done} is {stats.losses['lm']}")
+            loss = stats.losses.get("lm", math.nan)  # without any usable micro-batch there is none
+            if not math.isfinite(loss):
+                raise Stopped(f"the loss of step {done} is {loss}")
             if done not in marks:
                 return
             assert job.tuning is not None
-            loss = bench.loss_without(doomed, job.tuning.blocks) if compare else None
-            reason = self._engine.on_first(lambda: self._verdict(trial, done, loss))
+            tuning_loss = bench.loss_without(doomed, job.tuning.blocks) if compare else None
+            reason = self._engine.on_first(lambda: self._verdict(trial, done, tuning_loss))
             if reason:
                 raise Stopped(reason)
 

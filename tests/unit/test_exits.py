@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from tsp.errors import ConfigError
+from tsp.exits import exit_codes
+
 PROGRAM = """
 import atexit, sys, threading, time
 from tsp.exits import run_launched
@@ -34,3 +37,18 @@ def test_a_command_that_breaks_shows_why():
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_of_a_long_error_line_the_folders_go_before_the_remedy(capsys):
+    folder = "/" + "/".join(["folder"] * 40)
+    with pytest.raises(SystemExit) as ended, exit_codes():
+        raise ConfigError(f"{folder}/model/config.json has no layers (from https://host/a/b/c/d); give another folder")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: .../model/config.json has no layers (from https://host/a/b/c/d); give another folder\n"
+    )
+    with pytest.raises(SystemExit), exit_codes():
+        raise ConfigError("x" * 300)
+    line = capsys.readouterr().err.removesuffix("\n")
+    assert len(line) == 200
+    assert line.endswith("xxx ... (all of it: --debug)")

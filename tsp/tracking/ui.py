@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tsp.errors import TrackingError
+from tsp.errors import TspError
 from tsp.tracking.existing import existing_store
 from tsp.tracking.schema import age_of, sqlite_revision
 from tsp.tracking.store import open_store, probe_server, resolve_uri, shown, sqlite_path
@@ -130,7 +130,7 @@ def store_condition(root: Path) -> tuple[bool, str, str]:
         if not path.exists() or path.stat().st_size == 0:
             return _new_store_condition(path)
         revision, _ = sqlite_revision(path)
-    except (TrackingError, OSError) as error:
+    except (TspError, OSError) as error:
         return False, "cannot be used", str(error)
     return _revision_condition(path, revision)
 
