@@ -12,6 +12,7 @@ from tsp.cli_compare import advise, compare
 from tsp.cli_models import export, gc, models, serve
 from tsp.cli_monitor import monitor
 from tsp.cli_registry import audit, promote, rollback
+from tsp.cli_runs import runs, sync
 from tsp.cli_server import server, ui
 from tsp.cli_tune import tune
 from tsp.errors import CollapseError
@@ -35,7 +36,9 @@ def main() -> None:
     """Make language models smaller by removing whole layers without losing what they know."""
 
 
-for _command in (advise, audit, compare, export, gc, models, monitor, promote, rollback, serve, server, tune, ui):
+_OF_RUNS = (advise, compare, runs, sync, tune, ui)
+_OF_MODELS = (audit, export, gc, models, monitor, promote, rollback, serve, server)
+for _command in (*_OF_RUNS, *_OF_MODELS):
     main.add_command(_command)
 
 
@@ -165,21 +168,6 @@ def doctor(as_json: bool) -> None:
         else:
             print_checks(checks, stdout)
     sys.exit(0 if all(check["ok"] for check in checks) else 1)
-
-
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-def sync(as_json: bool) -> None:
-    """Deliver to MLflow what earlier jobs could not."""
-    with exit_codes(), stdout_kept_clean() as stdout:
-        from tsp.tracking.spool import sync as deliver
-
-        delivered = [entry._asdict() for entry in deliver(Path.cwd())]
-        if as_json:
-            print(json.dumps(delivered), file=stdout)
-        else:
-            for entry in delivered or [{"nothing": "left to deliver"}]:
-                print(" ".join(f"{key} {value}" for key, value in entry.items()), file=stdout)
 
 
 @main.group()

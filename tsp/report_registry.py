@@ -129,6 +129,20 @@ def print_leftovers(document: Mapping[str, Any], stdout: TextIO) -> None:
     console.print(f"{len(rows)} things with {total:,.1f} MiB {done}")
 
 
+def print_lost_runs(document: Mapping[str, Any], stdout: TextIO) -> None:
+    """Runs whose process is gone, and what became of them."""
+    console = _console(stdout)
+    for entry in document["delivered"]:
+        console.print(f"run {entry['run_id']}: {entry['delivered']} records delivered, {entry['left']} left")
+    rows = document["lost"]
+    if not rows:
+        console.print("no run is lost")
+        return
+    table = [(row["experiment"], row["name"], row["run_id"], f"{row['silent_h']:,.1f}") for row in rows]
+    _print_rows(console, "silent for too long", ("experiment", "name", "run", "hours"), table)
+    console.print(f"{len(rows)} runs {'are KILLED now' if document['closed'] else 'would be closed without --dry-run'}")
+
+
 def _about(text: Mapping[str, Any] | None, counted: str) -> str:
     if not text:
         return "unknown"

@@ -185,6 +185,8 @@ FILES = [
     Wrong("promote m 1 --policy p.yaml", ("p.yaml",), {"p.yaml": "champion: [ppl_ratio]"}),
     Wrong("promote m 1 --policy p.yaml", ("p.yaml", "champion"), {"p.yaml": "candidate: [round_trip==ok]"}),
     Wrong("monitor models:/m@champion --against {model} --requests missing.jsonl", ("missing.jsonl",)),
+    Wrong("runs reap", ("tracking store",)),
+    Wrong("runs reap --hours 0", ("--hours", "0.1")),
     Wrong("server --admin-password-file missing --auth", ("missing",)),
     Wrong("tune --model {model} --data {text} --config missing.yaml", ("missing.yaml",)),
     Wrong("audit m", ("MLFLOW_TRACKING_URI", "ftp"), variables={"MLFLOW_TRACKING_URI": "ftp://host"}),

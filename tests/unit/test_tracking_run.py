@@ -289,3 +289,19 @@ def test_null_tracker_has_the_same_verbs():
     verbs = {name for name in vars(Tracker) if not name.startswith("_")}
     assert verbs <= set(dir(NullTracker))
     assert NullTracker().links() == {}
+
+
+def test_the_next_job_delivers_what_an_earlier_one_had_to_leave(root, client):
+    left, held = (client.create_run("0").info.run_id for _ in range(2))
+    files = {run_id: SpoolFile(spool_folder(root), run_id) for run_id in (left, held)}
+    for run_id, file in files.items():
+        file.open({"run_id": run_id, "uri": resolve_uri(root), "owns_run": True}, wait_s=0)
+        file.append({"kind": "metrics", "values": {"loss": 2.5}, "step": 7, "time_ms": 5})
+    files[left].release()
+    tracker = start(root)
+    wait_until(lambda: client.get_run(left).info.status == "KILLED", 60)
+    assert history(client, left, "loss") == [(7, 2.5)]
+    wait_until(lambda: not files[left].path.exists(), 20)
+    tracker.finish("FINISHED")
+    assert (client.get_run(held).info.status, history(client, held, "loss")) == ("RUNNING", [])
+    files[held].remove()

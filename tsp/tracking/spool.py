@@ -172,14 +172,14 @@ def recover(folder: Path, run_id: str) -> Synced | None:
     Returns:
         What became of it; None where its writer is alive or nothing is left to deliver.
     """
-    from mlflow import MlflowClient
-
     file = SpoolFile(folder, run_id)
     try:
         end_ms = file.path.stat().st_mtime_ns // 1_000_000
         header = file.open(None, wait_s=0)
     except (Timeout, FileNotFoundError):
         return None
+    from mlflow import MlflowClient
+
     if header["owns_run"] and not is_ended(file.owed(), False):
         file.append({"kind": "tags", "values": {"tsp.failure": "the process disappeared"}})
         file.append({"kind": "status", "status": "KILLED", "time_ms": end_ms})

@@ -5,12 +5,16 @@
 While the job lives it sleeps in `read`: no CPU, no mlflow, a few megabytes. When the pipe ends, because the job closed
 it or because the job is gone, the last word tells which. If it is not `closed`, the watcher delivers the spool and
 marks the run KILLED. SIGKILL of the job, lack of memory and a crash in a library are thus recorded like any other end.
+
+At its start it has what earlier jobs of the folder have left behind delivered, so that `tsp sync` is seldom needed.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -70,7 +74,21 @@ def main() -> None:
     """
     if os.fork():
         os._exit(0)
-    watch(sys.argv[1], Path(sys.argv[2]))
+    run_id, folder = sys.argv[1], Path(sys.argv[2])
+    if any(path.stem != run_id for path in folder.glob("*.jsonl")):
+        _deliver_earlier(folder)
+    watch(run_id, folder)
+
+
+def _deliver_earlier(folder: Path) -> None:
+    """In a process that ends: mlflow takes memory that a sleeper should not hold."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Nobody waits for it.
+    if os.fork() == 0:
+        with suppress(BaseException):
+            from tsp.tracking.spool import sync
+
+            sync(folder.parent.parent)
+        os._exit(0)
 
 
 if __name__ == "__main__":
