@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from _rows import row, show
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -68,18 +69,14 @@ def main() -> None:
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - started
     peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / GIB
-    rows = [
-        {"name": "drop_checkpoint_gib", "value": round(size_gib, 3), "target": 1.9, "op": ">=", "ok": size_gib >= 1.9},
-        {"name": "drop_peak_gib", "value": round(peak_gib, 3), "target": 1.5, "op": "<=", "ok": peak_gib <= 1.5},
-        {"name": "drop_s", "value": round(seconds, 1), "target": 60.0, "op": "<=", "ok": seconds <= 60},
-    ]
-    if args.json:
-        print(json.dumps(rows))
-    else:
-        for row in rows:
-            print(
-                f"{row['name']:24} {row['value']:8.3f}  ({row['op']} {row['target']}) {'ok' if row['ok'] else 'MISSED'}"
-            )
+    show(
+        [
+            row("drop_checkpoint_gib", size_gib, ">=", 1.9),
+            row("drop_peak_gib", peak_gib, "<=", 1.5),
+            row("drop_s", seconds, "<=", 60.0),
+        ],
+        as_json=args.json,
+    )
 
 
 if __name__ == "__main__":

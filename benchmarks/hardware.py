@@ -8,12 +8,12 @@ dropped layer took all of its time along, by the time of the model without any l
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections import defaultdict
 
 import torch
+from _rows import row, show
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -91,11 +91,11 @@ def table_of(batch: int, num_prompt: int, found: dict) -> list[dict]:
 def print_markdown(rows: list[dict]) -> None:
     print("| batch | dropped | prompt, tokens/s | times dense | limit | generation, tokens/s | times dense | limit |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for row in rows:
-        cells = [f"{row['batch']}", f"{100 * row['ratio']:.1f} %"]
+    for one in rows:
+        cells = [f"{one['batch']}", f"{100 * one['ratio']:.1f} %"]
         for kind in ("prompt", "generation"):
-            cells += [f"{row[f'{kind}_tokens_per_s']:,.1f}", f"{row[f'{kind}_speedup']:.2f}"]
-            cells += [f"{row[f'{kind}_limit']:.2f}"]
+            cells += [f"{one[f'{kind}_tokens_per_s']:,.1f}", f"{one[f'{kind}_speedup']:.2f}"]
+            cells += [f"{one[f'{kind}_limit']:.2f}"]
         print(f"| {' | '.join(cells)} |")
 
 
@@ -122,21 +122,16 @@ def main() -> None:
         print(f"{args.shape}, {name}, {str(dtype).removeprefix('torch.')}, {args.prompt} + {args.new} tokens\n")
         print_markdown(rows)
         return
-    quarter = min((row["ratio"] for row in rows), key=lambda ratio: abs(ratio - 0.25))
+    quarter = min((one["ratio"] for one in rows), key=lambda ratio: abs(ratio - 0.25))
     checks = [
-        (f"{kind}_speedup_of_limit_batch_{row['batch']}", row[f"{kind}_speedup"] / row[f"{kind}_limit"])
-        for row in rows
-        if row["ratio"] == quarter
+        row(
+            f"{kind}_speedup_of_limit_batch_{one['batch']}", one[f"{kind}_speedup"] / one[f"{kind}_limit"], ">=", TARGET
+        )
+        for one in rows
+        if one["ratio"] == quarter
         for kind in ("prompt", "generation")
     ]
-    print(
-        json.dumps(
-            [
-                {"name": name, "value": round(value, 3), "target": TARGET, "op": ">=", "ok": value >= TARGET}
-                for name, value in checks
-            ]
-        )
-    )
+    show(checks, as_json=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""All benchmarks: `python benchmarks/run.py` prints a table and writes results.json; exit 3 if a target is missed.
+"""All benchmarks: `python benchmarks/run.py [NAME ...]` prints a table and writes results.json.
 
-Each other file here is one benchmark; with `--json` it prints its rows `{name, value, target, op, ok}`.
+Each is a file here that with `--json` prints its rows `{name, value, target, op, ok}`. With names only those are run,
+and the other rows of results.json stay. Exit code 3 if a target is missed.
 """
 
 import json
@@ -12,16 +13,33 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+BENCHMARKS = (
+    "training_step",
+    "selection",
+    "hardware",
+    "tracking_overhead",
+    "startup",
+    "first_run",
+    "growth",
+    "files",
+    "drop_memory",
+)
 
 
 def main() -> None:
+    chosen = sys.argv[1:] or BENCHMARKS
     rows = []
-    for script in sorted(HERE.glob("*.py")):
-        if script.name != Path(__file__).name:
-            print(f"{script.name} ...", file=sys.stderr)
-            done = subprocess.run([sys.executable, script, "--json"], stdout=subprocess.PIPE, text=True, check=True)
-            rows += json.loads(done.stdout)
-    (HERE / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for name in chosen:
+        print(f"{name} ...", file=sys.stderr)
+        done = subprocess.run(
+            [sys.executable, HERE / f"{name}.py", "--json"], stdout=subprocess.PIPE, text=True, check=True
+        )
+        rows += json.loads(done.stdout)
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() and sys.argv[1:] else []
+    measured = {row["name"] for row in rows}
+    kept = [row for row in known if row["name"] not in measured]
+    RESULTS.write_text(json.dumps(kept + rows, indent=1) + "\n")
     table = Table()
     for heading in ("benchmark", "value", "target", ""):
         table.add_column(heading)

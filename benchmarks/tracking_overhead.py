@@ -1,4 +1,4 @@
-"""What logging costs the training loop: 32 gates and 6 losses at every step, into the embedded sqlite store.
+"""What logging costs the training loop: 80 gates and 6 losses at every step, into the embedded sqlite store.
 
     python benchmarks/tracking_overhead.py [--steps 300] [--step-ms 500] [--json]
 
@@ -9,16 +9,17 @@ it as it does in a job.
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+from _rows import row, show
+
 from tsp.tracking.run import start_run
 
-NUM_GATES = 32
+NUM_GATES = 80
 LOSSES = ("total", "lm", "penalty", "distill", "gap", "entropy")
 PAUSE_S = 0.01
 
@@ -49,22 +50,14 @@ def main() -> None:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     with tempfile.TemporaryDirectory() as root:
         cost = measure(Path(root), args.steps)
-    targets = {
-        "tracking_caller_ms_per_step": (cost["median_ms"], 0.2),
-        "tracking_caller_pct_of_step": (100 * cost["mean_ms"] / args.step_ms, 1.0),
-        "tracking_cpu_pct_of_machine": (100 * cost["cpu_ms"] / args.step_ms / (os.cpu_count() or 1), 2.0),
-    }
-    rows = [
-        {"name": name, "value": round(value, 4), "target": target, "op": "<=", "ok": value <= target}
-        for name, (value, target) in targets.items()
-    ]
-    if args.json:
-        print(json.dumps(rows))
-    else:
-        for row in rows:
-            print(
-                f"{row['name']:36} {row['value']:8.4f}  (target <= {row['target']}) {'ok' if row['ok'] else 'MISSED'}"
-            )
+    show(
+        [
+            row("tracking_caller_ms_per_step", cost["median_ms"], "<=", 0.2),
+            row("tracking_caller_pct_of_step", 100 * cost["mean_ms"] / args.step_ms, "<=", 1.0),
+            row("tracking_cpu_pct_of_machine", 100 * cost["cpu_ms"] / args.step_ms / (os.cpu_count() or 1), "<=", 2.0),
+        ],
+        as_json=args.json,
+    )
 
 
 if __name__ == "__main__":

@@ -132,6 +132,15 @@ def logits(model: Any, tokens_BT: Tensor) -> Tensor:
         return model(input_ids=tokens_BT, use_cache=False).logits
 
 
+def distillation_loss(student_BTV: Tensor, teacher_BTV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) at the temperature, times its square, mean over all positions: torch's own."""
+    student_NV, teacher_NV = (
+        torch.log_softmax(logits.flatten(0, 1).float() / temperature, dim=-1) for logits in (student_BTV, teacher_BTV)
+    )
+    distance = torch.nn.functional.kl_div(student_NV, teacher_NV, log_target=True, reduction="batchmean")
+    return distance * temperature**2
+
+
 def without_layers(model: Any, dropped: tuple[int, ...], stack: str) -> Any:
     """The same architecture built with fewer layers, the kept weights copied in by hand: an independent reference."""
     config = copy.deepcopy(model.config)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models import REPOSITORY, logits, make_identity, model_folder, sample, tiny_model
+from tests.models import REPOSITORY, distillation_loss, logits, make_identity, model_folder, sample, tiny_model
 from tsp.decoder import find_decoder
 from tsp.gates import Gates
-from tsp.penalties import distillation_loss, lm_loss
+from tsp.losses import lm_loss
 from tsp.targets import IGNORED, marked
 
 pytestmark = pytest.mark.multiproc

@@ -20,10 +20,10 @@ from tsp.checkpoint import load
 from tsp.config import ModelConfig
 from tsp.engine import Engine
 from tsp.gates import Gates
+from tsp.losses import lm_loss
 from tsp.machine import weights_dtype
 from tsp.methods import score_verb, transfer_verb
 from tsp.methods.base import Bench
-from tsp.penalties import lm_loss
 from tsp.sharding import resolve
 from tsp.source import open_source
 from tsp.training import train

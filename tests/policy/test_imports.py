@@ -32,7 +32,15 @@ FLOORS = {
         "tsp.policy",
         "tsp.slices",
     ),
-    "maths": ("tsp.penalties", "tsp.selection", "tsp.targets", "tsp.demo.card", "tsp.demo.corpus", "tsp.demo.muon"),
+    "maths": (
+        "tsp.losses",
+        "tsp.penalties",
+        "tsp.selection",
+        "tsp.targets",
+        "tsp.demo.card",
+        "tsp.demo.corpus",
+        "tsp.demo.muon",
+    ),
     "things": (
         "tsp.adapters",
         "tsp.chat",

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tests.models import VOCABULARY, engine, job, logits, tiny_model
+from tests.models import VOCABULARY, distillation_loss, engine, job, logits, tiny_model
 from tsp import documents as documents_module
 from tsp.chat import rendered, reply_marks
 from tsp.config import load_config
@@ -15,8 +15,8 @@ from tsp.data import load_corpora
 from tsp.documents import documents
 from tsp.errors import DataError
 from tsp.evaluation.perplexity import window_losses
+from tsp.losses import lm_loss, task_loss
 from tsp.mounted import Mounted
-from tsp.penalties import distillation_loss, lm_loss
 from tsp.targets import IGNORED, marked, share, targets, token_ids
 from tsp.training import train
 
@@ -227,7 +227,7 @@ def test_distillation_is_the_mean_over_the_positions_that_predict_what_counts():
         if following >= 0
     ]
     parts = [
-        distillation_loss(s, t, 1.0, part, share(tokens)).item()
+        task_loss(s, part, share(tokens), teacher_BTV=t).distill.item()
         for s, t, part in zip(student.chunk(4), teacher.chunk(4), tokens.chunk(4), strict=True)
     ]
     assert sum(parts) / 4 == pytest.approx(sum(kls) / len(kls), rel=1e-5)
@@ -237,8 +237,8 @@ def test_where_all_tokens_count_the_losses_are_what_they_were():
     model, ids = tiny_model(num_layers=2), token_ids(some_marked())
     found = logits(model, ids)
     assert lm_loss(found, ids, share(ids)).item() == pytest.approx(theirs(model, ids), rel=1e-6)
-    other = torch.randn_like(found)
-    assert torch.equal(distillation_loss(found, other, 2.0, ids, share(ids)), distillation_loss(found, other, 2.0))
+    ours = task_loss(found, ids, share(ids), teacher_BTV=torch.zeros_like(found), temperature=2.0).distill
+    assert ours.item() == pytest.approx(distillation_loss(found, torch.zeros_like(found), 2.0).item(), rel=1e-6)
 
 
 def test_layers_are_judged_by_what_counts():

@@ -8,7 +8,7 @@ import torch
 from tests.models import logits, tiny_model, tokens
 from tsp.decoder import find_decoder
 from tsp.gates import Gates
-from tsp.penalties import lm_loss
+from tsp.losses import lm_loss
 
 FAMILIES = ["llama", "opt", "gpt2", "gpt_neo", "bloom", "gemma2"]
 PLACEMENTS = ["residual", "output"]

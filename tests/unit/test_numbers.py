@@ -10,10 +10,10 @@ from tests.models import bench, engine, job, tiny_model, tokens
 from tsp.decoder import find_decoder
 from tsp.errors import ModelError, NumbersError
 from tsp.gates import Gates
+from tsp.losses import lm_loss
 from tsp.methods.trsp import stage1
 from tsp.methods.trsp.stage2 import transfer
 from tsp.numbers import collapses, first_not_finite, require_finite
-from tsp.penalties import lm_loss
 from tsp.records import Scores
 from tsp.sharding import AdamW
 from tsp.training import PATIENCE, train

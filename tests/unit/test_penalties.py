@@ -4,10 +4,8 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Categorical, kl_divergence
 
-from tests.models import VOCABULARY, tiny_model, tokens
-from tsp.penalties import distillation_loss, gap_norm, lm_loss, project_capped_simplex, soft_threshold
+from tsp.penalties import gap_norm, project_capped_simplex, soft_threshold
 
 
 def bisected_projection(values_L: torch.Tensor, budget: float) -> torch.Tensor:
@@ -120,41 +118,3 @@ def test_gap_norm_has_a_finite_gradient_at_zero(norm, reduction):
     gap = torch.zeros(1, 2, 3, requires_grad=True)
     gap_norm(gap, norm, reduction).backward()
     assert torch.isfinite(gap.grad).all()
-
-
-def test_lm_loss_is_that_of_transformers():
-    model, ids = tiny_model(num_layers=1), tokens(3, 9)
-    with torch.no_grad():
-        theirs = model(input_ids=ids, labels=ids, use_cache=False)
-    assert lm_loss(theirs.logits, ids).item() == pytest.approx(theirs.loss.item(), rel=1e-6)
-
-
-def test_lm_loss_of_uniform_logits_is_log_of_the_vocabulary():
-    assert lm_loss(torch.zeros(2, 5, VOCABULARY), tokens(2, 5)).item() == pytest.approx(math.log(VOCABULARY))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_distillation_is_the_kl_divergence(temperature):
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 4, 3, 11, generator=generator) * 2
-    divergence = kl_divergence(Categorical(logits=teacher / temperature), Categorical(logits=student / temperature))
-    ours = distillation_loss(student, teacher, temperature)
-    assert ours.item() == pytest.approx(divergence.mean().item() * temperature**2, rel=1e-5)
-
-
-def test_distillation_of_equal_logits_is_zero_with_zero_gradient():
-    teacher = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
-    # A shift of all logits of a token is no difference.
-    student = (teacher + 3).requires_grad_(True)
-    loss = distillation_loss(student, teacher)
-    loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-6)
-    assert student.grad.abs().max() < 1e-6
-
-
-def test_distillation_has_a_gradient_for_the_student_alone():
-    student, teacher = torch.randn(2, 2, 3, 7, generator=torch.Generator().manual_seed(0)).unbind()
-    student.requires_grad_(True), teacher.requires_grad_(True)
-    distillation_loss(student, teacher).backward()
-    assert student.grad.abs().max() > 0
-    assert teacher.grad is None

@@ -7,8 +7,8 @@ import torch
 
 from tests.models import bench, job, make_identity, sample, tiny_model, tokens
 from tsp.decoder import find_decoder
+from tsp.losses import lm_loss
 from tsp.methods.trsp.stage1 import score
-from tsp.penalties import lm_loss
 from tsp.selection import cut
 
 LAYERS = 6

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.models import bench, job, logits, make_identity, sample, tiny_model, tokens
+from tests.models import bench, distillation_loss, job, logits, make_identity, sample, tiny_model, tokens
 from tsp.decoder import find_decoder
 from tsp.errors import TspError
 from tsp.methods.trsp import stage2
@@ -35,8 +35,6 @@ def changed(made) -> set[str]:
 
 def distillation(made, doomed=DOOMED) -> float:
     """KL(dense || pruned) on all blocks."""
-    from tsp.penalties import distillation_loss
-
     with made.decoder.bypassing(doomed):
         pruned = logits(made.decoder.model, made.blocks_NT)
     return distillation_loss(pruned, logits(made.load_again().model, made.blocks_NT)).item()
@@ -216,14 +214,14 @@ def test_the_first_loss_of_distillation_is_that_of_the_bare_drop_and_zero_while_
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_the_teacher_stays_the_dense_model_bit_for_bit(trainable, monkeypatch):
     dense, seen = tiny_model(num_layers=LAYERS), []
-    real = stage2.distillation_loss
+    real = stage2.task_loss
 
-    def watching(student, teacher, *rest):
-        seen.append((student.detach().clone(), teacher.clone()))
-        assert not teacher.requires_grad
-        return real(student, teacher, *rest)
+    def watching(student, *rest, teacher_BTV, **options):
+        seen.append((student.detach().clone(), teacher_BTV.clone()))
+        assert not teacher_BTV.requires_grad
+        return real(student, *rest, teacher_BTV=teacher_BTV, **options)
 
-    monkeypatch.setattr(stage2, "distillation_loss", watching)
+    monkeypatch.setattr(stage2, "task_loss", watching)
     blocks = tokens(8, 12)
     transferred(blocks=blocks, stage2__trainable=trainable, stage2__gates="anneal", stage2__lr=1e-2, stage2__steps=6)
     expected = {row.sum().item(): row for row in logits(dense, blocks)}
@@ -319,13 +317,15 @@ def test_the_same_seed_gives_the_same_weights():
 def test_a_failure_in_the_middle_leaves_no_layer_bypassed(trainable, monkeypatch):
     calls = []
 
-    def fail_later(*args):
+    real = stage2.task_loss
+
+    def fail_later(*args, **options):
         calls.append(1)
         if len(calls) > 2:
             raise RuntimeError("out of memory")
-        return args[0].float().sum() * 0
+        return real(*args, **options)
 
-    monkeypatch.setattr(stage2, "distillation_loss", fail_later)
+    monkeypatch.setattr(stage2, "task_loss", fail_later)
     settings = job(stage2__trainable=trainable, stage2__gates="off", stage2__lr=1e-3)
     made = bench(tiny_model(num_layers=LAYERS), tokens(32, 12), settings)
     with pytest.raises(RuntimeError, match="out of memory"):

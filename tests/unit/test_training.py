@@ -9,8 +9,8 @@ from tests.models import engine, job, tiny_model, tokens
 from tsp.decoder import find_decoder
 from tsp.engine import Engine
 from tsp.gates import Gates
+from tsp.losses import lm_loss
 from tsp.mounted import Mounted
-from tsp.penalties import lm_loss
 from tsp.sharding import AdamW
 from tsp.training import _mine, step_indices, train
 

@@ -11,8 +11,8 @@ from collections.abc import Collection
 
 import torch
 
+from tsp.losses import lm_loss, task_loss
 from tsp.methods.base import Bench
-from tsp.penalties import distillation_loss, lm_loss
 from tsp.sharding import Gradients
 from tsp.training import micro_batches
 
@@ -41,9 +41,15 @@ def peak_lr(bench: Bench, doomed: Collection[int]) -> float:
                 floor = config.task.lm * lm_loss(dense_BTV, tokens_BT, share)
             with bench.decoder.bypassing(doomed):
                 pruned_BTV = mounted(tokens_BT)
-                lm = lm_loss(pruned_BTV, tokens_BT, share)
-                distill = distillation_loss(pruned_BTV, dense_BTV, config.temperature, tokens_BT, share)
-                loss = config.task.lm * lm + config.task.distill * distill
+                loss = task_loss(
+                    pruned_BTV,
+                    tokens_BT,
+                    share,
+                    lm=config.task.lm,
+                    distill=config.task.distill,
+                    teacher_BTV=dense_BTV,
+                    temperature=config.temperature,
+                ).total
                 mounted.backward(loss)
             excesses.append(loss.detach() - floor)
         mounted.release()

@@ -14,10 +14,11 @@ from torch import Tensor
 from tsp.config import Stage1Config
 from tsp.gates import Gates
 from tsp.interrupts import deferred
+from tsp.losses import lm_loss
 from tsp.methods.base import Bench
 from tsp.methods.trsp import hard
 from tsp.optimizer_state import set_adam
-from tsp.penalties import lm_loss, project_capped_simplex, soft_threshold
+from tsp.penalties import project_capped_simplex, soft_threshold
 from tsp.progress import phase
 from tsp.records import Scores
 from tsp.selection import ascending

@@ -20,11 +20,12 @@ from tsp.checkpoint import round_weights
 from tsp.config import Stage2Config
 from tsp.gates import Gates
 from tsp.interrupts import deferred
+from tsp.losses import lm_loss, task_loss
 from tsp.methods.base import Bench
 from tsp.methods.trsp.peak_lr import peak_lr
 from tsp.mounted import Mounted
 from tsp.optimizer_state import set_adam
-from tsp.penalties import distillation_loss, gap_norm, lm_loss
+from tsp.penalties import gap_norm
 from tsp.progress import phase
 from tsp.sharding import AdamW
 from tsp.states import State
@@ -204,15 +205,18 @@ class _Training:
         gaps = _sizes(self.gates, config)
         for index, size in gaps.items():
             self.gap_sizes[index] += size.detach() / self.bench.config.train.accumulation
-        # Without a weight it is for the record only.
-        only_shown = dense_BTV is not None and not config.task.lm
-        lm = lm_loss(logits_BTV.detach() if only_shown else logits_BTV, tokens_BT, share)
-        gap = sum(gaps.values(), start=logits_BTV.new_zeros((), dtype=torch.float32))
-        parts = {"gap": gap * self.weight, "lm": lm}
-        if dense_BTV is not None:
-            parts["distill"] = distillation_loss(logits_BTV, dense_BTV, config.temperature, tokens_BT, share)
-        total = config.task.lm * parts["lm"] + config.task.distill * parts.get("distill", 0.0) + parts["gap"]
-        return {"total": total, **parts}
+        task = task_loss(
+            logits_BTV,
+            tokens_BT,
+            share,
+            lm=config.task.lm,
+            distill=config.task.distill,
+            teacher_BTV=dense_BTV,
+            temperature=config.temperature,
+        )
+        gap = self.weight * sum(gaps.values(), start=logits_BTV.new_zeros((), dtype=torch.float32))
+        distill = {} if dense_BTV is None else {"distill": task.distill}
+        return {"total": task.total + gap, "gap": gap, "lm": task.lm, **distill}
 
 
 def _penalty_weight(bench: Bench, model: Mounted, gates: Gates) -> float:
