@@ -19,6 +19,7 @@ BENCHMARKS = (
     "selection",
     "hardware",
     "tracking_overhead",
+    "memory",
     "startup",
     "first_run",
     "growth",

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from tsp.decoder import Decoder
 from tsp.errors import ConfigError, ModelError
 from tsp.fresh import run_fresh
+from tsp.masking import one_line
 from tsp.progress import phase
 from tsp.safety import known_files
-from tsp.source import Source, one_line
+from tsp.source import Source
 from tsp.surgery import kept_layers, mended_config, renamed
 
 # Gathers sharded parameters for the length of a block: `engine.Engine.gathered`.

@@ -11,6 +11,7 @@ from tsp import __version__
 from tsp.cli_compare import advise, compare
 from tsp.cli_models import export, gc, models, serve
 from tsp.cli_monitor import monitor
+from tsp.cli_plan import plan
 from tsp.cli_registry import audit, promote, rollback
 from tsp.cli_runs import runs, sync
 from tsp.cli_server import server, ui
@@ -36,7 +37,7 @@ def main() -> None:
     """Make language models smaller by removing whole layers without losing what they know."""
 
 
-_OF_RUNS = (advise, compare, runs, sync, tune, ui)
+_OF_RUNS = (advise, compare, plan, runs, sync, tune, ui)
 _OF_MODELS = (audit, export, gc, models, monitor, promote, rollback, serve, server)
 for _command in (*_OF_RUNS, *_OF_MODELS):
     main.add_command(_command)

@@ -10,6 +10,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
@@ -18,6 +19,7 @@ from tsp.errors import ConfigError
 from tsp.settings import (
     DataConfig,
     EvalConfig,
+    Gpu,
     LacoConfig,
     ModelConfig,
     PruneSection,
@@ -29,7 +31,7 @@ from tsp.settings import (
     TrackingConfig,
     TrainConfig,
 )
-from tsp.yaml12 import parse_yaml
+from tsp.yaml12 import parse_yaml, read_yaml
 
 
 class JobConfig(Section):
@@ -70,6 +72,22 @@ def load_config(layers: Iterable[Mapping[str, Any]]) -> JobConfig:
         return JobConfig.model_validate(merged(layers))
     except ValidationError as error:
         raise ConfigError("; ".join(_fault(fault) for fault in error.errors())) from None
+
+
+def known_gpu(name: str) -> Gpu:
+    """A device of `gpus.yaml` by its name, or of a YAML file of the user's own.
+
+    Raises:
+        ConfigError: neither, or the file says something else.
+    """
+    known = read_yaml(Path(__file__).parent / "gpus.yaml")
+    if name not in known and not name.endswith((".yaml", ".yml")):
+        raise ConfigError(f"--gpu must be one of {', '.join(known)} or a YAML file, got {name!r}")
+    try:
+        return Gpu.model_validate(known[name] if name in known else read_yaml(Path(name), "--gpu"))
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].lower()}" for fault in error.errors()]
+        raise ConfigError(f"--gpu {name}: {'; '.join(faults)}") from None
 
 
 def merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

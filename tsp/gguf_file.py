@@ -18,9 +18,9 @@ from torch import Tensor
 from tsp.errors import ConfigError
 from tsp.gguf_vocabulary import add_vocabulary, cannot_hold
 from tsp.loaders import places_in_gguf
+from tsp.masking import one_line
 from tsp.progress import phase
 from tsp.safety import weight_files
-from tsp.source import one_line
 
 _SUFFIXES = (".weight", ".bias")
 _PROBE_TOKENS = 64

@@ -81,3 +81,8 @@ def _values(environment: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
 def _is_path(value: str) -> bool:
     """Of a file with a secret in it; the path is none."""
     return os.path.isabs(value) and os.path.exists(value)
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, for the end of a message."""
+    return " ".join(masked(str(error)).split())[:100]

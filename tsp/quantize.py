@@ -24,9 +24,11 @@ from tsp.checkpoint import copy_companions, prove, whole_or_not_at_all
 from tsp.config import ModelConfig
 from tsp.errors import ConfigError, ModelError
 from tsp.evaluation.state import Exam, evaluate_state, prompt_speed
+from tsp.masking import one_line
 from tsp.records import Evaluation
 from tsp.sizes import size_gib
-from tsp.source import Source, build_skeleton, one_line, open_source
+from tsp.skeleton import build_skeleton
+from tsp.source import Source, open_source
 
 Value = TypeVar("Value")
 # Takes tokens [b, t], returns logits [b, t, V].

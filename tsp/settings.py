@@ -222,3 +222,19 @@ class TrackingConfig(Section):
     """Register the pruned model."""
     log_every: int = Field(1, ge=1)
     """Steps between two points of a metric."""
+
+
+class Gpu(Section):
+    """A device, as the data sheet has it or a probe has found it."""
+
+    memory_gib: float = Field(gt=0)
+    tflops: float = Field(gt=0)
+    """Peak of dense bf16."""
+    node_gb_s: float = Field(gt=0)
+    """To the other GPUs of its node, one direction."""
+    network_gb_s: float = Field(gt=0)
+    """To other nodes, for each GPU."""
+    utilisation: float = Field(0.45, gt=0, le=1)
+    """Of the peak, in training steps; measured by `tsp plan --calibrate`."""
+    reserved_gib: float = Field(1.5, ge=0)
+    """Taken before anything is loaded: driver, kernels, NCCL."""

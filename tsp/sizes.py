@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tsp.safety import weight_files
-from tsp.source import Source, build_skeleton
+from tsp.skeleton import build_skeleton
+from tsp.source import Source
 from tsp.surgery import kept_layers, mended_config
 
 _LENGTHS = (8, 16)

@@ -1,6 +1,5 @@
 """Find a model and check it before its weights are read: files, structure, tokenizer."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from tsp.decoder import find_decoder, read_by_others
 from tsp.demo import CHECKPOINT as DEMO_CHECKPOINT
 from tsp.demo import NAME as DEMO_NAME
 from tsp.errors import ModelError
-from tsp.masking import masked
+from tsp.masking import one_line
 from tsp.safety import check_folder, check_tensors
+from tsp.skeleton import build_skeleton, cache_fault
 from tsp.surgery import (
     Kind,
     check_kinds,
@@ -106,7 +106,7 @@ def open_source(config: ModelConfig) -> Source:
             decoder = find_decoder(skeleton)
             check_tensors(skeleton, contents, getattr(model_config, "dtype", None))
             needed = read_by_others(decoder)
-            runs_cached = _cache_fault(skeleton) is None
+            runs_cached = cache_fault(skeleton) is None
     except (StrictDataclassError, ArithmeticError, AssertionError, ImportError, *_UNUSABLE) as error:
         raise ModelError(f"model {name} is no causal language model: {one_line(error)}") from None
     dtype = getattr(model_config, "dtype", None) or torch.float32
@@ -129,6 +129,26 @@ def open_source(config: ModelConfig) -> Source:
     )
 
 
+def open_config(config: ModelConfig) -> tuple[str, Any]:
+    """Name and transformers config of a model whose weights need not be there; of the hub, `config.json` alone is read.
+
+    Raises:
+        ModelError: there is none, or it is that of no causal language model.
+    """
+    import transformers
+
+    name = config.path or DEMO_NAME
+    path = DEMO_CHECKPOINT if config.path is None else Path(config.path).expanduser()
+    try:
+        found = transformers.AutoConfig.from_pretrained(
+            path if path.is_dir() else name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        _check_causal(found)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"model {name} has no config of a causal language model: {one_line(error)}") from None
+    return name, found
+
+
 def check_drop(source: Source, dropped: Sequence[int]) -> None:
     """The model without these layers can be described by a config of its family (on fake tensors, in seconds).
 
@@ -149,7 +169,7 @@ def check_drop(source: Source, dropped: Sequence[int]) -> None:
     try:
         with FakeTensorMode():
             smaller = build_skeleton(mended_config(source.config, kept), trust=source.trust_remote_code)
-            fault = _cache_fault(smaller) if source.runs_cached else None
+            fault = cache_fault(smaller) if source.runs_cached else None
     except _UNUSABLE as error:
         raise ModelError(f"model {source.name} cannot lose layers {_listed(dropped)}: {one_line(error)}") from None
     layers = smaller.get_submodule(source.stack)
@@ -225,41 +245,9 @@ def _check_one_way(skeleton: nn.Module) -> None:
         raise ValueError(f"its config says is_decoder: false, so each token of {config.model_type} sees the later ones")
 
 
-def build_skeleton(config: Any, *, trust: bool) -> Any:
-    """The model of a config; under `FakeTensorMode` it has shapes and no data, whatever its size.
-
-    Unlike on the meta device, transformers' masks work on fake tensors. In bf16, as torch 2.13 knows the shapes of a
-    mixture of experts (`_grouped_mm`) in no other dtype. Not initialised: some initialisations read what they wrote.
-    """
-    import transformers
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        model = transformers.AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.bfloat16, trust_remote_code=trust
-        )
-    model.tie_weights()
-    return model
-
-
-def _cache_fault(skeleton: Any) -> str | None:
-    """Why a model does not run with a key-value cache (one that lost its last attention layer, say); None: it does."""
-    try:
-        with torch.no_grad():
-            skeleton.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        return one_line(error)
-    return None
-
-
 def _listed(layers: Sequence[int]) -> str:
     return ",".join(map(str, layers))
 
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def one_line(error: Exception) -> str:
-    """What went wrong, for the end of a message."""
-    return " ".join(masked(str(error)).split())[:100]

@@ -104,6 +104,7 @@ def test_one_ranking_gives_every_ratio(sweep):
     assert set(one["dropped"]) < set(two["dropped"])
 
 
+@pytest.mark.slow
 def test_a_job_gives_what_it_gives_alone(sweep, prune, tmp_path):
     # The last one: many others have trained the same weights before it.
     words = ("--method", "tsp", "--ratio", "0.4", "--set", "transfer=finetune", "--set", "stage2.trainable=full")

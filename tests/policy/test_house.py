@@ -33,7 +33,9 @@ TEST_EXTRA = {
 }
 
 # All but the one that holds no settings.
-YAMLS = sorted(set((REPOSITORY / "tsp").rglob("*.yaml")) - {REPOSITORY / "tsp" / "gguf_words.yaml"})
+YAMLS = sorted(
+    set((REPOSITORY / "tsp").rglob("*.yaml")) - {REPOSITORY / "tsp" / name for name in ("gguf_words.yaml", "gpus.yaml")}
+)
 EXPERIMENTS = sorted((REPOSITORY / "experiments").glob("*.yaml"))
 JSONS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 

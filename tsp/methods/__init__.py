@@ -92,6 +92,11 @@ def is_nested(config: "JobConfig") -> bool:
     return entry.nested and not (entry.verb == _GATES and config.stage1.schedule == "budget")
 
 
+def is_learned(config: "JobConfig") -> bool:
+    """Whether the method chooses by gates that are learned."""
+    return METHODS[config.prune.method].verb == _GATES and config.stage1.schedule != "search"
+
+
 def is_seeded(config: "JobConfig") -> bool:
     """Whether the method's order depends on the seed."""
     entry = METHODS[config.prune.method]

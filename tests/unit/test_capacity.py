@@ -1,0 +1,126 @@
+"""`tsp plan`: memory by part, time, traffic, and what makes it fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import LlamaConfig
+
+from tests.models import REPOSITORY
+from tsp.capacity import GIB, Estimate, Fleet
+from tsp.cli import main
+from tsp.config import ModelConfig, known_gpu, load_config
+from tsp.footprint import shape_of
+from tsp.sharding import read_json
+
+ZERO3 = read_json(REPOSITORY / "ds_configs/zero3.json")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """The config of eight layers as wide as those of a Llama of wide billion weights, and nothing else."""
+    folder = tmp_path_factory.mktemp("wide")
+    LlamaConfig(
+        num_hidden_layers=8, hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000,
+        max_position_embeddings=4096, tie_word_embeddings=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return shape_of(ModelConfig(path=str(folder)))
+
+
+def estimate(shape, nodes=1, gpus=1, gpu="h100-80", sharding=ZERO3, **settings):
+    config = load_config([settings])
+    return Estimate(config, shape, sharding, Fleet(nodes=nodes, gpus=gpus, gpu=known_gpu(gpu)))
+
+
+def part(found, phase, name):
+    return next(one.memory_gib.get(name, 0.0) for one in found.phases if one.name == phase)
+
+
+def test_what_a_rank_holds_is_its_share(wide):
+    whole = wide.num_parameters * 2 / GIB
+    for ranks in (1, 8):
+        assert part(estimate(wide, gpus=ranks, transfer="none"), "select", "weights") == pytest.approx(whole / ranks)
+    assert part(estimate(wide, gpus=8, transfer="none"), "select", "gathered") == pytest.approx(1e9 * 2 / GIB)
+    zero2 = estimate(wide, gpus=8, sharding=read_json(REPOSITORY / "ds_configs/zero2.json"), transfer="none")
+    assert part(zero2, "select", "weights") == pytest.approx(whole)
+    assert part(zero2, "select", "gathered") == 0
+
+
+def test_the_optimizer_is_that_of_what_is_trained(wide):
+    layer = 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    adapters = estimate(wide, gpus=2, prune={"num_drop": 2})
+    assert part(adapters, "transfer", "optimizer") == pytest.approx(12 * 6 * layer / 2 / GIB)
+    full = estimate(wide, gpus=2, prune={"num_drop": 2}, stage2={"trainable": "full"})
+    trained = wide.num_parameters - 2 * wide.layer_parameters[0]
+    assert part(full, "transfer", "optimizer") == pytest.approx(12 * trained / 2 / GIB)
+    assert part(full, "transfer", "weights") == pytest.approx(2 * part(adapters, "transfer", "weights")), "the teacher"
+
+
+def test_work_and_traffic_by_the_formulas(wide):
+    """4P a token in stage 1 (no gradients of weights); gathers of all weights, forward and backward."""
+    found = estimate(wide, nodes=2, gpus=8, train={"batch_size": 16}, stage1={"schedule": "budget", "steps": 10})
+    select = next(phase for phase in found.phases if phase.name == "select")
+    multiplied = wide.num_parameters - 32000 * 4096
+    attention = 8 * 4 * 2048 * 4096
+    assert select.tokens == 10 * 16 * 2048
+    assert select.flops / select.tokens == pytest.approx(2 * (2 * multiplied + attention), rel=0.05)
+    assert select.traffic_gb == pytest.approx(2 * wide.num_parameters * 2 * 15 / 16 / 1e9)
+    assert select.seconds(found.fleet) == pytest.approx(10 * select.traffic_gb / 50), "bound by the network"
+
+
+def test_what_does_not_fit_is_made_to_fit_by_the_smallest_change(wide):
+    Path("small.yaml").write_text("{memory_gib: 16, tflops: 100, node_gb_s: 10, network_gb_s: 1}")
+    found = estimate(wide, gpu="small.yaml")
+    assert not found.fits
+    remedy = found.remedy()
+    assert remedy.startswith("--set train.accumulation=")
+    accumulation = int(remedy.rpartition("=")[2])
+    assert estimate(wide, gpu="small.yaml", train={"accumulation": accumulation}).fits
+    assert not estimate(wide, gpu="small.yaml", train={"accumulation": accumulation // 2}).fits
+    assert estimate(wide, gpu="h200").remedy() is None
+
+
+def test_the_command_prints_what_it_reckons_and_exits_by_it(wide, tmp_path):
+    folder = tmp_path / "wide"
+    wide.config.save_pretrained(folder)
+    done = CliRunner().invoke(main, ["plan", "--model", str(folder), "--gpus", "8", "--json"])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["parameters"] == wide.num_parameters
+    assert [phase["name"] for phase in document["phases"]] == ["evaluate", "select", "transfer"]
+    for phase in document["phases"]:
+        assert phase["total_gib"] == pytest.approx(sum(phase["memory_gib"].values()), abs=0.01)
+    assert document["fits"]
+    Path("small.yaml").write_text("{memory_gib: 9, tflops: 100, node_gb_s: 10, network_gb_s: 1}")
+    done = CliRunner().invoke(main, ["plan", "--model", str(folder), "--gpu", "small.yaml", "--set", "transfer=none"])
+    assert done.exit_code == 3
+    assert "does not fit" in done.stdout
+    assert "it would with --set train.accumulation=" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpu", "h100"], "--gpu must be one of h100-80, a100-80, h200, l40s or a YAML file, got 'h100'"),
+        (["--gpu", "missing.yaml"], "missing.yaml"),
+        (["--ratio", "0.1,0.2"], "a sweep"),
+        (["--gpus", "0"], "--gpus"),
+    ],
+)
+def test_wrong_input(words, says, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    done = CliRunner().invoke(main, ["plan", *words])
+    assert done.exit_code == 2
+    assert says in done.stderr
+
+
+@pytest.mark.slow
+def test_a_probe_finds_this_machine():
+    done = CliRunner().invoke(main, ["plan", "--calibrate", "--json", "--set", "train.batch_size=2"])
+    assert done.exit_code == 0, done.output
+    gpu = json.loads(done.stdout)["gpu"]
+    assert 0.001 < gpu["tflops"] * gpu["utilisation"] < 100
+    assert 0.2 < gpu["reserved_gib"] < 4
+    assert gpu["memory_gib"] == pytest.approx(torch.tensor(gpu["memory_gib"]).item())
