@@ -31,6 +31,11 @@ _LINKS_GB_S = 10.0
 """Between ranks of one machine, through its memory; one process cannot measure it."""
 
 
+def gpu_dtype(config: JobConfig) -> torch.dtype:
+    """Of the weights in memory, on any GPU."""
+    return weights_dtype(config, torch.device("cuda"))
+
+
 def own_dtype(config: JobConfig) -> torch.dtype:
     """Of the weights in memory, on this machine."""
     return weights_dtype(config, _device())

@@ -1,6 +1,6 @@
 """What a job will cost: memory of each rank by part, time and traffic of each phase, disk; and does it fit?
 
-    plan = plan_of(config, shape_of(config.model), sharding, Fleet(nodes=1, gpus=8, gpu=known_gpu("h100-80")))
+    plan = Estimate(config, shape_of(config.model), sharding, Fleet(nodes=1, gpus=8, gpu=known_gpu("h100-80")))
 
 Memory is reckoned from what DeepSpeed keeps of weights, gradients and optimizer, and from what a step makes itself
 (`footprint.py`). Time is work over speed: `Gpu.utilisation` of the data sheet's peak, or what a probe has measured.
@@ -15,7 +15,6 @@ import torch
 
 from tsp.config import JobConfig, number_to_drop
 from tsp.footprint import Pass, Shape
-from tsp.machine import weights_dtype
 from tsp.methods import TRANSFERS, is_learned
 from tsp.settings import Gpu
 from tsp.space import with_settings
@@ -84,19 +83,19 @@ class Estimate:
         sharding: Mapping[str, Any],
         fleet: Fleet,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """What it depends on.
 
         Args:
             config: of the job.
             shape: of its model.
-            sharding: the content of the DeepSpeed JSON; `auto` is allowed.
+            sharding: what `sharding.resolve` made of the DeepSpeed JSON, or its content.
             fleet: what it runs on.
-            dtype: of the weights in memory; None: as on a GPU.
+            dtype: of the weights in memory.
         """
         self.config, self.shape, self.fleet = config, shape, fleet
-        self._sharding, self._dtype = sharding, dtype or weights_dtype(config, torch.device("cuda"))
+        self._sharding, self._dtype = sharding, dtype
         self._zero = sharding["zero_optimization"]
         self._num_drop = number_to_drop(config.prune, shape.num_layers) or 1
 

@@ -30,18 +30,21 @@ def plan(nodes: int, gpus: int, gpu: str, calibrate: bool, as_json: bool, **opti
         ((_, config), *more) = configs_from_options(options | {"register": None, "no_register": True})
         if more:
             raise ConfigError("a plan is for a single job, got a sweep; leave the comma lists out")
-        from tsp.calibrate import measured_device, own_dtype
+        from tsp.calibrate import gpu_dtype, measured_device, own_dtype
         from tsp.capacity import Estimate, Fleet, as_dict
         from tsp.config import known_gpu
         from tsp.footprint import shape_of
         from tsp.report_plan import print_estimate
-        from tsp.sharding import read_json
+        from tsp.sharding import read_json, resolve
 
-        shape, sharding = shape_of(config.model), read_json(sharding_path(options))
-        device = measured_device(shape, config, sharding) if calibrate else known_gpu(gpu)
+        content = read_json(sharding_path(options))
+        shape = shape_of(config.model)
+        dtype = own_dtype(config) if calibrate else gpu_dtype(config)
+        ranks = nodes * gpus
+        sharding = resolve(content, config, world_size=ranks, hidden_size=shape.hidden_size, dtype=dtype)
+        device = measured_device(shape, config, content) if calibrate else known_gpu(gpu)
         fleet = Fleet(nodes=nodes, gpus=gpus, gpu=device)
-        estimate = Estimate(config, shape, sharding, fleet, dtype=own_dtype(config) if calibrate else None)
-        document = as_dict(estimate)
+        document = as_dict(Estimate(config, shape, sharding, fleet, dtype=dtype))
         if as_json:
             print(json.dumps(document), file=stdout)
         else:

@@ -107,6 +107,10 @@ def test_the_command_prints_what_it_reckons_and_exits_by_it(wide, tmp_path):
         (["--gpu", "missing.yaml"], "missing.yaml"),
         (["--ratio", "0.1,0.2"], "a sweep"),
         (["--gpus", "0"], "--gpus"),
+        (
+            ["--nodes", "2", "--gpus", "8"],
+            "train.batch_size must be a multiple of ranks x accumulation = 16 x 1, got 8",
+        ),
     ],
 )
 def test_wrong_input(words, says, monkeypatch):
