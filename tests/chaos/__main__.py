@@ -43,7 +43,7 @@ def run(root: Path, *, num_kills: int, num_outages: int, num_jobs: int, num_prom
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make chaos")
-    for name, default in (("kills", 40), ("promotions", 10), ("jobs", 8), ("outages", 20), ("seed", 0)):
+    for name, default in (("kills", 50), ("promotions", 10), ("jobs", 8), ("outages", 20), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def main() -> None:
         table.add_column(field.name.replace("_", " "), justify="left" if field.name == "fault" else "right")
     for row in rows:
         table.add_row(*map(str, asdict(row).values()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
     sys.exit(0 if all(row.faultless for row in rows) else 3)
 
 
