@@ -3,16 +3,20 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from tests.models import REPOSITORY, bench, corpus_file, job, model_folder, sample, tiny_model, tokens
-from tsp.errors import StorageError
+from tsp.checkpoint import load
+from tsp.config import ModelConfig
+from tsp.errors import ModelError, StorageError
 from tsp.files import require_room
 from tsp.journal import Journal
 from tsp.methods.trsp.stage2 import transfer
 from tsp.settings import StateConfig
+from tsp.source import open_source
 from tsp.states import States
 
 SETTINGS = {"stage2__lr": 0.02, "stage2__steps": 4}
@@ -135,3 +139,12 @@ def test_a_checkpoint_without_room_is_an_error_and_with_room_the_job_goes_on(dis
     assert done.returncode == 0, done.stderr[-2000:]
     assert (small.place / "out" / "model" / "model.safetensors").is_file()
     assert (small.place / "out" / "result.json").is_file()
+
+
+def test_weights_that_vanish_after_the_check_are_an_error_of_one_line(tmp_path):
+    folder = model_folder(tmp_path / "model", tiny_model())
+    source = open_source(ModelConfig(path=str(folder)))
+    next(iter(folder.glob("*.safetensors"))).unlink()
+    with pytest.raises(ModelError, match="cannot be loaded: .*safetensors") as caught:
+        load(source, torch.float32, nullcontext())
+    assert caught.value.exit_code == 2

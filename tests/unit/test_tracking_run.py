@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -305,3 +306,22 @@ def test_the_next_job_delivers_what_an_earlier_one_had_to_leave(root, client):
     tracker.finish("FINISHED")
     assert (client.get_run(held).info.status, history(client, held, "loss")) == ("RUNNING", [])
     files[held].remove()
+
+
+@pytest.mark.slow
+def test_a_store_that_is_locked_for_long_makes_nobody_wait_and_loses_nothing(root, client, caplog):
+    tracker = start(root)
+    holder = sqlite3.connect(resolve_uri(root).removeprefix("sqlite:///"), isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    try:
+        started = time.monotonic()
+        for step in range(50):
+            tracker.metrics({"loss": step / 3}, step)
+        assert time.monotonic() - started < 1
+        wait_until(lambda: "records wait on disk" in caplog.text, 120)
+    finally:
+        holder.execute("ROLLBACK")
+        holder.close()
+    tracker.finish("FINISHED")
+    assert history(client, tracker.run_id, "loss") == [(step, step / 3) for step in range(50)]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
