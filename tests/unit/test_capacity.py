@@ -93,7 +93,7 @@ def test_the_command_prints_what_it_reckons_and_exits_by_it(wide, tmp_path):
     for phase in document["phases"]:
         assert phase["total_gib"] == pytest.approx(sum(phase["memory_gib"].values()), abs=0.01)
     assert document["fits"]
-    Path("small.yaml").write_text("{memory_gib: 9, tflops: 100, node_gb_s: 10, network_gb_s: 1}")
+    Path("small.yaml").write_text("{memory_gib: 8, tflops: 100, node_gb_s: 10, network_gb_s: 1}")
     done = CliRunner().invoke(main, ["plan", "--model", str(folder), "--gpu", "small.yaml", "--set", "transfer=none"])
     assert done.exit_code == 3
     assert "does not fit" in done.stdout

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,11 +28,16 @@ def window_losses(forward: Callable[[Tensor], Tensor], blocks_NT: Tensor, **shar
 
 
 def mean_losses(logits_bTV: Tensor, tokens_bT: Tensor) -> Tensor:
-    """Mean cross-entropy of each window of a batch over its tokens that count, `[b, 1]` fp64, nats per token."""
-    wanted = targets(tokens_bT)
-    each = F.cross_entropy(logits_bTV[:, :-1].flatten(0, 1).float(), wanted.flatten(), reduction="none")
-    num_counted = (wanted != IGNORED).sum(dim=1, keepdim=True)
-    return each.view(len(tokens_bT), -1).double().sum(dim=1, keepdim=True) / num_counted
+    """Mean cross-entropy of each window of a batch over its tokens that count, `[b, 1]` fp64, nats per token.
+
+    One window at a time: fp32 copies of all logits would be the largest tensors that there are.
+    """
+    wanted_bT = targets(tokens_bT)
+    sums = [
+        F.cross_entropy(logits_TV[:-1].float(), wanted_T, reduction="none").double().sum()
+        for logits_TV, wanted_T in zip(logits_bTV, wanted_bT, strict=True)
+    ]
+    return torch.stack(sums).unsqueeze(1) / (wanted_bT != IGNORED).sum(dim=1, keepdim=True)
 
 
 def perplexity(losses_N: Tensor, block_tokens: int) -> Perplexity:
