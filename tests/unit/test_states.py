@@ -58,9 +58,9 @@ def told(made):
         (0, {"stage2__trainable": "none", "stage2__gates": "hold"}),
         pytest.param(2, {"stage2__trainable": "full", "stage2__gates": "anneal"}, marks=pytest.mark.slow),
         pytest.param(2, {"model__dtype": "bf16"}, marks=pytest.mark.slow),
-        (3, {"train__accumulation": 2, "stage2__weight_decay": 0.1}),
+        pytest.param(3, {"train__accumulation": 2, "stage2__weight_decay": 0.1}, marks=pytest.mark.slow),
         (3, {"stage2__trainable": "full", "stage2__gates": "anneal"}),
-        (3, {"model__dtype": "bf16"}),
+        pytest.param(3, {"model__dtype": "bf16"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_transfer_goes_on_to_the_same_weights(tmp_path, stage, kind):
