@@ -4,8 +4,9 @@
     shape.cost(Pass(batch=1, block_tokens=2048, learns="gates"), torch.bfloat16)
 
 A family's activations are what its own code keeps for the backward pass, and its operations are those that torch's
-`FlopCounterMode` sees, so no formula per family is needed. How much of the weights a rank holds is the affair of
-`capacity.py`.
+`FlopCounterMode` sees, so no formula per family is needed. Gates and losses are the stages' own, adapters an imitation
+of peft's, which cannot be put into a fake model; gaps and the optimizer's step are left out. How much of the weights a
+rank holds is the affair of `capacity.py`.
 
 Shapes: B sequences, T tokens.
 """
@@ -207,9 +208,8 @@ def _stage2(decoder: Decoder, tokens_BT: Tensor, one: Pass, live: LiveBytes, flo
             with torch.no_grad():
                 teacher_BTV = _logits(decoder, tokens_BT)
         with nullcontext() if closed else gates.attached(), decoder.bypassing(closed):
-            weights = {"lm": config.task.lm, "distill": config.task.distill}
             logits_BTV = _logits(decoder, tokens_BT)
-            task_loss(logits_BTV, tokens_BT, teacher_BTV=teacher_BTV, **weights).total.backward()
+            task_loss(logits_BTV, tokens_BT, **dict(config.task), teacher_BTV=teacher_BTV).total.backward()
 
 
 def _logits(decoder: Decoder, tokens_BT: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from tests.models import REPOSITORY
 
-pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
+pytestmark = pytest.mark.multiproc
 
 
 @pytest.fixture(scope="module")

@@ -45,8 +45,7 @@ def peak_lr(bench: Bench, doomed: Collection[int]) -> float:
                     pruned_BTV,
                     tokens_BT,
                     share,
-                    lm=config.task.lm,
-                    distill=config.task.distill,
+                    **dict(config.task),
                     teacher_BTV=dense_BTV,
                     temperature=config.temperature,
                 ).total

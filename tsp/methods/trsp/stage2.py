@@ -209,8 +209,7 @@ class _Training:
             logits_BTV,
             tokens_BT,
             share,
-            lm=config.task.lm,
-            distill=config.task.distill,
+            **dict(config.task),
             teacher_BTV=dense_BTV,
             temperature=config.temperature,
         )
