@@ -13,29 +13,18 @@ import time
 from collections import defaultdict
 
 import torch
+from _models import SHAPES, llama_config
 from _rows import row, show
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 RATIOS = (0.0, 0.125, 0.25, 0.375, 0.5, 1.0)
-# Sizes of SmolLM-135M, Qwen2.5-0.5B, Llama-3.2-1B and Llama-2-7B: layers, hidden, MLP, heads, key heads, vocabulary.
-SHAPES = {
-    "135m": (30, 576, 1536, 9, 3, 49152),
-    "0.5b": (24, 896, 4864, 14, 2, 151936),
-    "1b": (16, 2048, 8192, 32, 8, 128256),
-    "7b": (32, 4096, 11008, 32, 32, 32000),
-}
 TARGET = 0.97
 """Of the limit, at a quarter of the layers."""
 
 
 def build(shape: str, positions: int, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
-    layers, hidden, mlp, heads, key_heads, vocabulary = SHAPES[shape]
-    config = LlamaConfig(
-        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads,
-        num_key_value_heads=key_heads, vocab_size=vocabulary, max_position_embeddings=positions,
-        tie_word_embeddings=vocabulary > 100_000,
-    )  # fmt: skip
+    config = llama_config(shape, positions)
     with torch.device(device):
         torch.manual_seed(0)
         return LlamaForCausalLM(config).to(dtype).eval()

@@ -10,8 +10,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from _models import llama_config
 from tqdm import tqdm
-from transformers import LlamaConfig
 
 from tsp.capacity import Estimate, Fleet
 from tsp.config import ModelConfig, known_gpu, load_config
@@ -19,13 +19,7 @@ from tsp.footprint import shape_of
 from tsp.sharding import read_json
 
 ZERO3 = Path(__file__).parent.parent / "ds_configs/zero3.json"
-# Layers, hidden, MLP, heads, key heads, vocabulary: Llama 2 7B and 13B, Llama 3.1 70B and 405B.
-SHAPES = {
-    "7B": (32, 4096, 11008, 32, 32, 32000),
-    "13B": (40, 5120, 13824, 40, 40, 32000),
-    "70B": (80, 8192, 28672, 64, 8, 128256),
-    "405B": (126, 16384, 53248, 128, 8, 128256),
-}
+SIZES = ("7b", "13b", "70b", "405b")
 FLEETS = ((1, 1), (1, 8), (2, 8), (8, 8))
 
 
@@ -34,14 +28,9 @@ def main() -> None:
     parser.add_argument("--gpu", default="h100-80")
     args = parser.parse_args()
     gpu, sharding, rows = known_gpu(args.gpu), read_json(ZERO3), []
-    for name, sizes in tqdm(SHAPES.items(), leave=False):
-        layers, hidden, mlp, heads, key_heads, vocabulary = sizes
+    for name in tqdm(SIZES, leave=False):
         with tempfile.TemporaryDirectory() as folder:
-            LlamaConfig(
-                num_hidden_layers=layers, hidden_size=hidden, intermediate_size=mlp, num_attention_heads=heads,
-                num_key_value_heads=key_heads, vocab_size=vocabulary, max_position_embeddings=4096,
-                tie_word_embeddings=False,
-            ).save_pretrained(folder)  # fmt: skip
+            llama_config(name, 4096).save_pretrained(folder)
             shape = shape_of(ModelConfig(path=folder))
         for nodes, gpus in FLEETS:
             train = {"batch_size": 64, "accumulation": 64 // (nodes * gpus), "activation_checkpointing": True}
@@ -49,7 +38,7 @@ def main() -> None:
             found = Estimate(config, shape, sharding, Fleet(nodes=nodes, gpus=gpus, gpu=gpu))
             times = " | ".join(f"{phase.seconds(found.fleet) / 60:,.1f}" for phase in found.phases)
             verdict = "yes" if found.fits else "no"
-            rows.append(f"| {name} | {nodes * gpus} | {found.peak_gib:,.1f} | {verdict} | {times} |")
+            rows.append(f"| {name.upper()} | {nodes * gpus} | {found.peak_gib:,.1f} | {verdict} | {times} |")
     print("| model | GPUs | GiB a rank | fits | evaluate, min | select, min | transfer, min |")
     print("|---|---:|---:|---|---:|---:|---:|")
     print("\n".join(rows))

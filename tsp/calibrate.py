@@ -56,31 +56,18 @@ def measured_device(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]
             "stage1": config.stage1.model_copy(update={"schedule": "budget", "steps": _STEPS}),
         }
     )
-    device, dtype = _device(), own_dtype(probe)
-    resolved = resolve(sharding, probe, world_size=1, hidden_size=shape.hidden_size, dtype=dtype)
-    engine = Engine.start(probe, resolved)
-    with engine.loading():
-        model = random_model(small.config, dtype, trust=small.trust)
-    decoder = Decoder(model, small.stack, small.num_outputs)
-    block_tokens = probe.data.block_tokens or min(2048, shape.max_positions)
-    blocks_NT = torch.randint(shape.vocab_size, (probe.train.batch_size, block_tokens))
-    bench = Bench(
-        config=probe,
-        engine=engine,
-        decoder=decoder,
-        blocks_NT=blocks_NT,
-        tracker=NullTracker(),
-        load_again=lambda: decoder,
-    )
+    bench = random_bench(small, probe, sharding)
+    engine = bench.engine
     seconds: list[float] = []
     bench.after_step = lambda stage, stats, gates: seconds.append(stats.seconds)
-    with engine.mounted(model) as bench.model:
+    with engine.mounted(bench.decoder.model) as bench.model:
         stage1.score(bench, 1)
     [peak_gib] = engine.peak_memory_gib()
-    selection = Estimate(probe, small, sharding, Fleet(nodes=1, gpus=1, gpu=_UNKNOWN), dtype=dtype).phases[1]
+    alone = Fleet(nodes=1, gpus=1, gpu=_UNKNOWN)
+    selection = Estimate(probe, small, sharding, alone, dtype=engine.dtype).phases[1]
     memory = (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.type == "cuda"
+        torch.cuda.get_device_properties(engine.device).total_memory
+        if engine.device.type == "cuda"
         else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     )
     return Gpu(
@@ -90,6 +77,31 @@ def measured_device(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]
         node_gb_s=_LINKS_GB_S,
         network_gb_s=_LINKS_GB_S,
         reserved_gib=max(0.0, peak_gib - selection.total_gib),
+    )
+
+
+def random_bench(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]) -> Bench:
+    """All that a method works with, in one process: a model of this shape and tokens, both random, and no tracking.
+
+    Args:
+        shape: of the model.
+        config: of the job.
+        sharding: the content of the DeepSpeed JSON.
+    """
+    dtype = own_dtype(config)
+    resolved = resolve(sharding, config, world_size=1, hidden_size=shape.hidden_size, dtype=dtype)
+    engine = Engine.start(config, resolved)
+    with engine.loading():
+        model = random_model(shape.config, dtype, trust=shape.trust)
+    decoder = Decoder(model, shape.stack, shape.num_outputs)
+    block_tokens = config.data.block_tokens or min(2048, shape.max_positions)
+    return Bench(
+        config=config,
+        engine=engine,
+        decoder=decoder,
+        blocks_NT=torch.randint(shape.vocab_size, (config.train.batch_size, block_tokens)),
+        tracker=NullTracker(),
+        load_again=lambda: decoder,
     )
 
 

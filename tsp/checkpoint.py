@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tsp.decoder import Decoder
 from tsp.errors import ConfigError, ModelError
+from tsp.files import sync
 from tsp.fresh import run_fresh
 from tsp.masking import one_line
 from tsp.progress import phase
@@ -214,14 +215,18 @@ def _faults(proof: dict[str, Any], dtype: torch.dtype) -> list[str]:
 
 @contextmanager
 def whole_or_not_at_all(output: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `output` when the block ends, and is removed when it fails."""
+    """A folder to write into that becomes `output` when the block ends, synced, and is removed when it fails."""
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         _let_others_read(temporary)
+        # A name that is on the disk before its content would look done after a power cut.
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
         os.replace(temporary, output)
+        sync(output.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

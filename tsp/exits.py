@@ -1,6 +1,7 @@
 """How a command ends: one `error:` line and the exit code of the contract, also when several ranks fail at once."""
 
 import atexit
+import errno
 import os
 import re
 import signal
@@ -26,6 +27,8 @@ _CUT = " ... (all of it: --debug)"
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?:[^/\s]+/){2,}(?=[^/\s]+/)")
 """The start of a long path: its last folder and the file stay."""
 
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
 # The launcher kills all ranks when one ends with an error. Rank 0 is to have the word before that.
 _SILENCE_S = 30.0
 
@@ -43,6 +46,9 @@ def exit_codes(*, debug: bool = False) -> Iterator[None]:
     except TspError as error:
         _end(str(error), error.exit_code, debug, error.picture)
     except Exception as error:  # the last line of defence: every failure ends in one line and a code
+        refused = _refused_by_disk(error)
+        if refused:
+            _end(f"{refused}; make room, then give the same command again, a job's with --resume latest", 1, debug)
         _end(masked(f"{type(error).__name__}: {error}")[:400], 1, debug=True)
 
 
@@ -106,6 +112,13 @@ def run_launched(command: Callable[[], object]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _refused_by_disk(error: Exception) -> str | None:
+    """What a disk that is full, read-only or over its quota said, to Python or to sqlite; None: it is another fault."""
+    said = getattr(error, "orig", None) or error  # sqlalchemy wraps the database's own.
+    full = isinstance(error, OSError) and error.errno in _DISK_FAULTS
+    return str(said) if full or "disk is full" in str(said) else None
 
 
 def _end(message: str, code: int, debug: bool, picture: str = "") -> None:

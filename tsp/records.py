@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tsp.files import sync
 from tsp.masking import masked_tree
 
 
@@ -109,4 +110,5 @@ def write_json(record: Any, path: Path) -> None:
     content = record if isinstance(record, dict | list) else asdict(record)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(masked_tree(content), indent=2) + "\n", encoding="utf-8")
+    sync(temporary)
     os.replace(temporary, path)

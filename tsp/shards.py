@@ -8,10 +8,12 @@ whatever the size of the shard.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_CHUNK_BYTES = 16 * 2**20
+_CHUNK_BYTES = 2**20
+"""What stays in a core's cache between reading and writing: 16 MiB took twice as long."""
 _METADATA = "__metadata__"
 
 
@@ -68,17 +70,18 @@ def copy_tensors(source: Path, target: Path, new_names: Mapping[str, str]) -> No
     encoded = json.dumps(entries, separators=(",", ":")).encode()
     # The data begins at a multiple of 8 bytes; the format allows blanks for that.
     encoded += b" " * (-len(encoded) % 8)
-    with source.open("rb") as read, target.open("wb") as write:
+    with source.open("rb", buffering=0) as read, target.open("wb") as write:
         write.write(len(encoded).to_bytes(8, "little") + encoded)
         for start, num_bytes in spans:
             read.seek(start)
             _copy(read, write, num_bytes)
 
 
-def _copy(read: BinaryIO, write: BinaryIO, num_bytes: int) -> None:
+def _copy(read: FileIO, write: BinaryIO, num_bytes: int) -> None:
+    chunk = memoryview(bytearray(min(num_bytes, _CHUNK_BYTES)))
     while num_bytes:
-        chunk = read.read(min(num_bytes, _CHUNK_BYTES))
-        if not chunk:
+        count = read.readinto(chunk[:num_bytes])
+        if not count:
             raise OSError("the file became shorter while it was read")
-        write.write(chunk)
-        num_bytes -= len(chunk)
+        write.write(chunk[:count])
+        num_bytes -= count

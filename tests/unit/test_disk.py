@@ -1,6 +1,7 @@
 """Disks that are full or read-only: a clear error, what was there stays, nothing half-written."""
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from tests.models import REPOSITORY, bench, corpus_file, job, model_folder, samp
 from tsp.checkpoint import load
 from tsp.config import ModelConfig
 from tsp.errors import ModelError, StorageError
-from tsp.files import require_room
+from tsp.files import require_room, sha256
 from tsp.journal import Journal
 from tsp.methods.trsp.stage2 import transfer
 from tsp.settings import StateConfig
@@ -113,32 +114,83 @@ def test_without_room_for_the_journal_the_job_goes_on(disk, how, caplog):
     assert caplog.text.count("the job goes on without it") == 1
 
 
-@pytest.mark.slow
-def test_a_checkpoint_without_room_is_an_error_and_with_room_the_job_goes_on(disk, tmp_path):
-    model = tiny_model(num_layers=6)
-    folder, text = model_folder(tmp_path / "model", model), corpus_file(tmp_path / "text.jsonl", sample(model, 160, 16))
-    small = disk("200k")
-    words = [REPOSITORY / "launchers/prune.py", "--model", folder, "--data", text, "--num-drop", "2", "--no-register"]
-    words += ["--output", small.place / "out", "--resume", "latest"]
-    for setting in ("data.block_tokens=16", "eval.block_tokens=16", "eval.prompts=0", "eval.speed_runs=0"):
-        words += ["--set", setting]
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A small job, but for the folder that it writes to."""
+    place, model = tmp_path_factory.mktemp("job"), tiny_model(num_layers=6)
+    folder, text = model_folder(place / "model", model), corpus_file(place / "text.jsonl", sample(model, 160, 16))
+    given = ["--model", folder, "--data", text, "--num-drop", "2", "--no-register", "--resume", "latest"]
+    few = ("eval.prompts=0", "eval.speed_runs=0", "stage2.lr=0.02", "stage2.steps=4")
+    for setting in ("data.block_tokens=16", "eval.block_tokens=16", *few):
+        given += ["--set", setting]
+    return given
 
-    def start():
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        command = [sys.executable, *map(str, words)]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
 
-    done = start()
+def run_job(words, place, output, **environment):
+    command = [sys.executable, REPOSITORY / "launchers/prune.py", *words, "--output", output]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    return subprocess.run([*map(str, command)], cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def error_line(done):
     assert done.returncode == 1, done.stderr[-2000:]
-    assert done.stderr.count("error: ") == 1
-    assert "GiB are free there" in done.stderr.strip().splitlines()[-1]
-    assert not list((small.place / "out").rglob("*.safetensors"))
+    assert "Traceback" not in done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(line) <= 200
+    return line
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_room_is_an_error_and_with_room_the_job_goes_on(disk, words, tmp_path):
+    small = disk("120k")
+    output = small.place / "out"
+    assert "GiB are free there" in error_line(run_job(words, tmp_path, output))
+    assert not list(output.rglob("*.safetensors"))
+
+    small.remount("size=200k")  # For the checkpoint, not for the figures.
+    assert "No space left on device; make room" in error_line(run_job(words, tmp_path, output))
+    assert not (output / "result.json").exists()
 
     small.remount("size=4m")
-    done = start()
+    done = run_job(words, tmp_path, output)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (small.place / "out" / "model" / "model.safetensors").is_file()
-    assert (small.place / "out" / "result.json").is_file()
+    assert (output / "model" / "model.safetensors").is_file()
+    assert (output / "result.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """Environment variables for a disk with faults below a folder."""
+    compiler, library = shutil.which("cc"), tmp_path_factory.mktemp("faulty") / "faulty_disk.so"
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs Linux and a C compiler")
+    source = REPOSITORY / "tests/unit/faulty_disk.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    return lambda folder, **faults: {"LD_PRELOAD": str(library), "FAULTY_FOLDER": str(folder), **faults}
+
+
+@pytest.mark.slow
+def test_a_quota_is_an_error_and_without_it_the_job_goes_on(faulty, words, tmp_path):
+    """The file system has room, so that the check beforehand passes; it is the write that is refused."""
+    output = tmp_path / "out"
+    done = run_job(words, tmp_path, output, **faulty(output, FAULTY_QUOTA="100000"))
+    assert "Disk quota exceeded" in error_line(done)
+    assert not list(output.rglob("*.safetensors"))
+
+    undisturbed = run_job(words, tmp_path, tmp_path / "other")
+    assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
+    done = run_job(words, tmp_path, output)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sha256(output / "model/model.safetensors") == sha256(tmp_path / "other/model/model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_slow_to_sync_costs_time_and_nothing_else(faulty, words, tmp_path):
+    output = tmp_path / "out"
+    done = run_job(words, tmp_path, output, **faulty(output, FAULTY_FSYNC_S="2"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (output / "result.json").is_file()
+    assert not list(output.rglob("*.tmp"))
 
 
 def test_weights_that_vanish_after_the_check_are_an_error_of_one_line(tmp_path):

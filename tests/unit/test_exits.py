@@ -1,9 +1,12 @@
 """The end of a process that `deepspeed` has started."""
 
+import errno
+import sqlite3
 import subprocess
 import sys
 
 import pytest
+import sqlalchemy
 
 from tsp.errors import ConfigError
 from tsp.exits import exit_codes
@@ -37,6 +40,27 @@ def test_a_command_that_breaks_shows_why():
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/figures/a.png"),
+            "No space left on device: 'out/figures",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
+        (sqlalchemy.exc.OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full")), "full"),
+    ],
+)
+def test_a_disk_that_refuses_is_said_in_one_line(fault, said, capsys, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    with pytest.raises(SystemExit) as ended, exit_codes():
+        raise fault
+    assert ended.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert line.endswith("; make room, then give the same command again, a job's with --resume latest")
 
 
 def test_of_a_long_error_line_the_folders_go_before_the_remedy(capsys, monkeypatch):

@@ -247,3 +247,22 @@ def test_all_ones_need_no_second_model():
     twin = copy.deepcopy(decoder.model)
     with Gates(decoder).attached():
         assert torch.equal(logits(decoder.model, tokens()), logits(twin, tokens()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_has_the_gradient_of_torchs_lerp_and_keeps_no_fp32_copies(dtype):
+    torch.manual_seed(0)
+    x_in, x_out = (torch.randn(3, 5, 8).to(dtype).requires_grad_(True) for _ in range(2))
+    gate, kept = torch.tensor(0.3, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        emitted = Gates(decoder_of())._gate(x_in, x_out, gate)
+    assert [one.dtype for one in kept if one.dim()] == [dtype, dtype]
+    plain = torch.lerp(x_in.float(), x_out.float(), gate).to(dtype)
+    slope = torch.randn(3, 5, 8).to(dtype)
+    assert torch.equal(emitted, plain)
+    for found, expected in zip(
+        torch.autograd.grad(emitted, (x_in, x_out, gate), slope),
+        torch.autograd.grad(plain, (x_in, x_out, gate), slope),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
