@@ -1,6 +1,6 @@
 """From which ratio dropping layers pays on this machine: prompt and generation, dense against pruned, by batch.
 
-    python benchmarks/hardware.py [--shape 135m] [--batch 1,64] [--prompt 32] [--new 8] [--rounds 3] [--json]
+    python benchmarks/hardware.py [--shape 135m] [--batch 1,64] [--prompt 32] [--new 8] [--rounds 6] [--json]
 
 A Llama of the shape with random weights: speed does not depend on what they say, nor on which layers are missing. All
 ratios take turns, so that a busy minute hits each of them; medians. The limit is Amdahl's: what would be left if a
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,64", help="sequences at once, a comma list")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=8, help="tokens to generate")
-    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
+    parser.add_argument("--rounds", type=int, default=6, help="after one to warm up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default=None, help="float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--json", action="store_true", help="print rows for benchmarks/results.json")
