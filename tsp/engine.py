@@ -111,9 +111,6 @@ class Engine:
         if device.type == "cpu":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_node()))
             torch.use_deterministic_algorithms(True, warn_only=True)
-            # Else torch fills each new tensor with NaN before it is written, to show who reads what nobody wrote.
-            debugging: Any = torch.utils.deterministic
-            debugging.fill_uninitialized_memory = False
             torch.distributed.barrier()
             unlink_shared_buffer(torch.distributed.get_rank())
         torch.manual_seed(config.seed)
