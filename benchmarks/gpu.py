@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from _models import SHAPES, llama_config
 from _rows import row, show
+from hardware import build, measure, table_of
 from rich.console import Console
 from rich.table import Table
 
@@ -145,8 +146,6 @@ def matmul_tflops(device: torch.device) -> float:
 
 def pruned_speed(name: str, tokens_a_row: int, device: torch.device, rounds: int) -> dict[str, float]:
     """How many times as fast as dense at a quarter of the layers, and the limit."""
-    from hardware import build, measure, table_of
-
     new = min(32, tokens_a_row)
     model = build(name, tokens_a_row + new, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokens_BT = torch.randint(model.config.vocab_size, (SEQUENCES, tokens_a_row), device=device)

@@ -18,6 +18,8 @@ from _rows import row, show
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
+from tsp.evaluation.speed import wait
+
 RATIOS = (0.0, 0.125, 0.25, 0.375, 0.5, 1.0)
 TARGET = 0.97
 """Of the limit, at a quarter of the layers."""
@@ -43,8 +45,7 @@ def seconds(model: LlamaForCausalLM, tokens_BT: torch.Tensor, num_new: int) -> t
 
 
 def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait(device)
     return time.perf_counter()
 
 

@@ -48,7 +48,7 @@ def exit_codes(*, debug: bool = False) -> Iterator[None]:
     except Exception as error:  # the last line of defence: every failure ends in one line and a code
         refused = _refused_by_disk(error)
         if refused:
-            _end(f"{refused}; make room, then give the same command again, a job's with --resume latest", 1, debug)
+            _end(f"{refused}; mend that, then give the same command again, a job's with --resume latest", 1, debug)
         _end(masked(f"{type(error).__name__}: {error}")[:400], 1, debug=True)
 
 

@@ -4,10 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from tests.models import REPOSITORY, bench, corpus_file, job, model_folder, sample, tiny_model, tokens
 from tsp.checkpoint import load
@@ -19,6 +21,7 @@ from tsp.methods.trsp.stage2 import transfer
 from tsp.settings import StateConfig
 from tsp.source import open_source
 from tsp.states import States
+from tsp.tracking.run import start_run
 
 SETTINGS = {"stage2__lr": 0.02, "stage2__steps": 4}
 
@@ -114,6 +117,27 @@ def test_without_room_for_the_journal_the_job_goes_on(disk, how, caplog):
     assert caplog.text.count("the job goes on without it") == 1
 
 
+def test_a_full_store_makes_nobody_wait_and_loses_nothing(disk, tmp_path, monkeypatch, caplog):
+    small = disk("8m")
+    store = f"sqlite:///{small.place}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    tracker = start_run(tmp_path, experiment="full", run_name=None, tags={}, params={})
+    small.fill()
+    started = time.monotonic()
+    for step in range(500):
+        tracker.metrics({"loss": step / 3}, step)
+    assert time.monotonic() - started < 1
+    while "records wait on disk" not in caplog.text:
+        assert time.monotonic() - started < 60, "the store took everything"
+        time.sleep(0.1)
+    (small.place / "filler").unlink()
+    tracker.finish("FINISHED")
+    client = MlflowClient(store)
+    points = sorted((point.step, point.value) for point in client.get_metric_history(tracker.run_id, "loss"))
+    assert points == [(step, step / 3) for step in range(500)]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """A small job, but for the folder that it writes to."""
@@ -148,7 +172,7 @@ def test_a_checkpoint_without_room_is_an_error_and_with_room_the_job_goes_on(dis
     assert not list(output.rglob("*.safetensors"))
 
     small.remount("size=200k")  # For the checkpoint, not for the figures.
-    assert "No space left on device; make room" in error_line(run_job(words, tmp_path, output))
+    assert "No space left on device; mend that" in error_line(run_job(words, tmp_path, output))
     assert not (output / "result.json").exists()
 
     small.remount("size=4m")
@@ -169,27 +193,39 @@ def faulty(tmp_path_factory):
     return lambda folder, **faults: {"LD_PRELOAD": str(library), "FAULTY_FOLDER": str(folder), **faults}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(words, tmp_path_factory):
+    """What the job saves where nothing happens: the hash of the weights."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    done = run_job(words, place, place / "out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return sha256(place / "out/model/model.safetensors")
+
+
 @pytest.mark.slow
-def test_a_quota_is_an_error_and_without_it_the_job_goes_on(faulty, words, tmp_path):
+def test_a_quota_is_an_error_and_without_it_the_job_goes_on(faulty, words, undisturbed, tmp_path):
     """The file system has room, so that the check beforehand passes; it is the write that is refused."""
     output = tmp_path / "out"
     done = run_job(words, tmp_path, output, **faulty(output, FAULTY_QUOTA="100000"))
     assert "Disk quota exceeded" in error_line(done)
     assert not list(output.rglob("*.safetensors"))
 
-    undisturbed = run_job(words, tmp_path, tmp_path / "other")
-    assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
     done = run_job(words, tmp_path, output)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sha256(output / "model/model.safetensors") == sha256(tmp_path / "other/model/model.safetensors")
+    assert sha256(output / "model/model.safetensors") == undisturbed
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_slow_to_sync_costs_time_and_nothing_else(faulty, words, tmp_path):
+def test_a_disk_that_is_slow_to_sync_costs_time_and_nothing_else(faulty, words, undisturbed, tmp_path):
     output = tmp_path / "out"
-    done = run_job(words, tmp_path, output, **faulty(output, FAULTY_FSYNC_S="2"))
+    slow = faulty(output, FAULTY_FSYNC_S="2")
+    output.mkdir()
+    program = f"import os, time; start = time.time(); os.fsync(os.open('{output}', 0)); print(time.time() - start)"
+    took = subprocess.run([sys.executable, "-c", program], env={**os.environ, **slow}, capture_output=True, text=True)
+    assert float(took.stdout) >= 2
+    done = run_job(words, tmp_path, output, **slow)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (output / "result.json").is_file()
+    assert sha256(output / "model/model.safetensors") == undisturbed
     assert not list(output.rglob("*.tmp"))
 
 

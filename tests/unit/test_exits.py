@@ -60,7 +60,7 @@ def test_a_disk_that_refuses_is_said_in_one_line(fault, said, capsys, monkeypatc
     assert ended.value.code == 1
     [line] = capsys.readouterr().err.splitlines()
     assert said in line
-    assert line.endswith("; make room, then give the same command again, a job's with --resume latest")
+    assert line.endswith("; mend that, then give the same command again, a job's with --resume latest")
 
 
 def test_of_a_long_error_line_the_folders_go_before_the_remedy(capsys, monkeypatch):
