@@ -1,5 +1,6 @@
 """Really several processes: the same gates, losses and weights on any number of ranks and under any sharding."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tsp.decoder import find_decoder
 from tsp.gates import Gates
 from tsp.losses import lm_loss
 from tsp.targets import IGNORED, marked
+from tsp.training import step_indices
 
 pytestmark = pytest.mark.multiproc
 
@@ -92,6 +94,12 @@ def plan(num_ranks: int) -> dict[str, dict]:
             # The doomed layers may train, and get no gradient where the learning rate is found.
             first_step = ANNEAL | {"stage2__trainable": name, "stage2__steps": 1, "stage2__lambda2": 0.0}
             found[f"peak-{name}-zero{stage}"] = case("move", "plain", zero(stage), first_step, doomed=DOOMED)
+        # Two micro-batches a step, of which the second rank's second, or all from the second step on, are NaN.
+        for name, num_steps, bad in (("whole", 1, []), ("half", 1, [1]), ("none", 2, [2, 3]), ("row", 6, range(2, 12))):
+            halves = {"train__accumulation": 2, "train__batch_size": 8}
+            found[f"spoilt-{name}-zero{stage}"] = case(
+                "spoilt", "plain", zero(stage), halves, num_steps=num_steps, bad=list(bad)
+            )
     if num_ranks == 1:
         found = {name: found[name] for name in ON_ONE_RANK}
     for placement in ("residual", "output"):
@@ -248,6 +256,29 @@ def test_folds_write_the_same_weights_on_any_number_of_ranks(of, models, transfe
     assert changed == {"0"}, "the layer before the doomed ones, and no other"
     assert torch.allclose(two["after"], one["after"], atol=1e-3)
     assert not torch.allclose(two["after"], two["before"], atol=1e-2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_that_is_not_finite_on_one_rank_is_left_out_on_all(of, results, models, text, stage):
+    whole, half, none = (of(f"spoilt-{name}-zero{stage}") for name in ("whole", "half", "none"))
+    assert [found["left_out"] for found in (whole, half, none)] == [[0], [1], [0, 2]]
+    for found in (whole, half, none):
+        assert found["sums"][0] == found["sums"][1], "the ranks hold the same weights"
+    for name, weight in none["weights"].items():
+        assert torch.equal(weight, whole["weights"][name]), "a step without a finite loss changes nothing"
+    assert (
+        "NumbersError: the loss was not finite in 3 steps in a row, the last is 3"
+        in (results[2][f"spoilt-row-zero{stage}"]["error"])
+    )
+    # By hand: AdamW on the first micro-batches of both ranks.
+    model = copy.deepcopy(models["plain"]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    ids = text["plain"][step_indices(16, 8, 0, 0)[[0, 1, 4, 5]]]
+    lm_loss(model(input_ids=ids, use_cache=False).logits, ids).backward()
+    optimizer.step()
+    changed = sum((half["weights"][name] - weight).abs().gt(1e-4).sum() for name, weight in model.named_parameters())
+    assert changed < 0.01 * sum(weight.numel() for weight in model.parameters())
+    assert not torch.allclose(half["weights"]["model.norm.weight"], whole["weights"]["model.norm.weight"], atol=1e-5)
 
 
 def test_zero_2_is_zero_3(of):

@@ -6,6 +6,7 @@ One start costs many seconds, so it runs many cases. A case is `{"kind", "folder
 fail together, so an error of one case is its result and the next one goes on.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -24,7 +25,7 @@ from tsp.losses import lm_loss
 from tsp.machine import weights_dtype
 from tsp.methods import score_verb, transfer_verb
 from tsp.methods.base import Bench
-from tsp.sharding import resolve
+from tsp.sharding import AdamW, resolve
 from tsp.source import open_source
 from tsp.training import train
 
@@ -73,13 +74,47 @@ def move(bench: Bench, case: dict) -> dict:
     before = pruned()
     transfer_verb(case.get("transfer", "stage2"))(bench, case["doomed"], save_dtype=torch.float32)
     after = pruned()
-    weights = {}
-    for name, parameter in decoder.model.named_parameters():
-        with engine.gathered([parameter]):
-            weights[name] = parameter.detach().float().cpu().clone()
+    weights = whole(bench)
     if engine.is_first:
         torch.save({"before": before, "after": after, "weights": weights}, case["tensors"])
     return {}
+
+
+def spoilt(bench: Bench, case: dict) -> dict:
+    """The weights after training in which the last rank's loss of some micro-batches, by number, is NaN."""
+    engine, model = bench.engine, bench.decoder.model.requires_grad_(True)
+    numbers = itertools.count()
+    with engine.mounted(model, AdamW()) as mounted:
+
+        def loss(ids: torch.Tensor, share: float) -> dict[str, torch.Tensor]:
+            bad = next(numbers) in case["bad"] and engine.rank == engine.world_size - 1
+            return {"total": lm_loss(mounted(ids), ids, share) * (float("nan") if bad else 1.0)}
+
+        done = train(
+            engine,
+            mounted,
+            bench.blocks_NT,
+            bench.config.train,
+            num_steps=case["num_steps"],
+            seed=0,
+            loss=loss,
+            before_step=lambda step, num_steps: mounted.set_lr(0.01),
+        )
+        left_out = [stats.left_out for stats in done]
+        weights = whole(bench)
+    sums = engine.every_rank(sum(float(weight.double().abs().sum()) for weight in weights.values()))
+    if engine.is_first:
+        torch.save({"weights": weights}, case["tensors"])
+    return {"left_out": left_out, "sums": sums}
+
+
+def whole(bench: Bench) -> dict[str, torch.Tensor]:
+    """All weights in fp32, on every rank."""
+    weights = {}
+    for name, parameter in bench.decoder.model.named_parameters():
+        with bench.engine.gathered([parameter]):
+            weights[name] = parameter.detach().float().cpu().clone()
+    return weights
 
 
 def gradient(bench: Bench, case: dict) -> dict:
@@ -113,7 +148,7 @@ def ranks(bench: Bench, case: dict) -> dict:
     }
 
 
-KINDS = {"select": select, "move": move, "gradient": gradient, "ranks": ranks}
+KINDS = {"select": select, "move": move, "gradient": gradient, "ranks": ranks, "spoilt": spoilt}
 
 
 def main() -> None:

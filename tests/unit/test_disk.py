@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tsp.methods.trsp.stage2 import transfer
 from tsp.settings import StateConfig
 from tsp.source import open_source
 from tsp.states import States
+from tsp.tracking import run
 from tsp.tracking.run import start_run
 
 SETTINGS = {"stage2__lr": 0.02, "stage2__steps": 4}
@@ -136,6 +138,43 @@ def test_a_full_store_makes_nobody_wait_and_loses_nothing(disk, tmp_path, monkey
     points = sorted((point.step, point.value) for point in client.get_metric_history(tracker.run_id, "loss"))
     assert points == [(step, step / 3) for step in range(500)]
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+@contextmanager
+def locked(database):
+    """Another process writes to it and does not end."""
+    with closing(sqlite3.connect(database)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+@pytest.mark.parametrize("how", ["room again", "full to the end", "full and the store locked"])
+def test_points_for_which_the_spool_has_no_room_wait(disk, tmp_path, monkeypatch, caplog, capsys, how):
+    small, store = disk("64k"), tmp_path / "mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
+    tracker = start_run(small.place, experiment="full", run_name=None, tags={}, params={})
+    with locked(store):
+        small.fill()
+        for step in range(2000):
+            tracker.metrics({"loss": step / 3}, step)
+        assert caplog.text.count("records wait in memory") == 1
+        [spool] = small.place.glob("mlruns/spool/*.jsonl")
+        assert spool.read_bytes().endswith(b"\n"), "no torn line"
+        if how == "room again":
+            (small.place / "filler").unlink()
+            small.remount("size=8m")
+        if how == "full and the store locked":
+            monkeypatch.setattr(run, "DRAIN_S", 0.0)
+            tracker.finish("FINISHED")
+            assert "for which the disk had no room are lost" in capsys.readouterr().err
+            return
+        tracker.metrics({"loss": 2000 / 3}, 2000)
+    tracker.finish("FINISHED")
+    client = MlflowClient(f"sqlite:///{store}")
+    points = sorted((point.step, point.value) for point in client.get_metric_history(tracker.run_id, "loss"))
+    assert points == [(step, step / 3) for step in range(2001)]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert not list(small.place.glob("mlruns/spool/*.jsonl"))
 
 
 @pytest.fixture(scope="module")

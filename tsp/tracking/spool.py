@@ -85,9 +85,10 @@ class Spool:
             return
         try:
             self._file.append(record)
+            self._failing = False
         except OSError as error:
             if not self._failing:
-                log.warning("tracking: %s cannot be written (%s); records are lost", self._file.path, error)
+                log.warning("tracking: %s cannot be written (%s); records wait in memory", self._file.path, error)
             self._failing = True
 
     def place(self, name: str) -> Path:
@@ -122,10 +123,13 @@ class Spool:
         if not self._delivered:
             print(  # It must reach the user whatever the logging is set to.
                 f"tracking: MLflow at {shown(self._uri)} did not take all records in time; they are kept in "
-                f"{self._file.path}, and `tsp sync` delivers them",
+                f"{self._file.path}, and `tsp sync` delivers them{self._lost()}",
                 file=sys.stderr,
             )
         return self._delivered
+
+    def _lost(self) -> str:
+        return f"; {number} for which the disk had no room are lost" if (number := self._file.num_waiting) else ""
 
     def _run(self) -> None:
         """The sender thread."""
@@ -137,7 +141,7 @@ class Spool:
                     from mlflow import MlflowClient
 
                     client = MlflowClient(self._uri)
-                self._file.send(client)
+                self._file.send(client, last=closing)
             except Exception as error:  # noqa: BLE001  Whatever MLflow throws, training goes on, and the records are kept.
                 if pause_s == SEND_INTERVAL_S:
                     log.warning(

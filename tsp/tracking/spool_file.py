@@ -9,12 +9,14 @@
 No threads, no clocks and no retries here; `spool.py` has them.
 """
 
+import errno
 import json
 import logging
 import os
 import shutil
 import sys
 import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ class SpoolFile:
         self._fd = -1
         self._start = self._sent = 0
         self._ended = False
+        self._waiting: deque[bytes] = deque()
         self.num_sent = 0
 
     def open(self, header: Record | None, *, wait_s: float) -> Record:
@@ -69,19 +72,40 @@ class SpoolFile:
         return records[0][0]
 
     def append(self, record: Record) -> None:
-        """Write one record. One system call, so that a killed process leaves at most one torn line."""
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        """Write one record, behind those that wait. One system call: a killed process leaves at most one torn line.
+
+        Raises:
+            OSError: the disk has no room; the record waits in memory for the next call, or for the last `send`.
+        """
         with self._write_lock:
-            os.write(self._fd, line)
+            self._waiting.append(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+            while self._waiting:
+                self._write(self._waiting[0])
+                self._waiting.popleft()
+
+    def _write(self, line: bytes) -> None:
+        size = os.fstat(self._fd).st_size
+        if os.write(self._fd, line) < len(line):
+            os.ftruncate(self._fd, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    @property
+    def num_waiting(self) -> int:
+        """Records for which there was no room on disk."""
+        return len(self._waiting)
 
     def owed(self) -> list[Record]:
         """All records that are not acknowledged yet."""
         return [record for record, _ in read_records(self.path, self._sent, max_bytes=sys.maxsize)]
 
-    def send(self, client: Any) -> None:
+    def send(self, client: Any, *, last: bool = False) -> None:
         """Deliver all that stands in the file, and cut it off. Raises what `deliver` raises.
 
         A file that ends in a final status is not cut, only removed: without it the run would be taken for a lost one.
+
+        Args:
+            client: of MLflow.
+            last: nobody appends any more; what waits in memory is delivered, too.
         """
         while batch := read_records(self.path, self._sent):
             records = [record for record, _ in batch]
@@ -93,6 +117,9 @@ class SpoolFile:
             if not self._ended and os.fstat(self._fd).st_size == self._sent:
                 os.ftruncate(self._fd, self._start)
                 self._sent = self._start
+        if last and self._waiting:
+            deliver(client, self.run_id, [json.loads(line) for line in self._waiting], self.files)
+            self._waiting.clear()
 
     def release(self) -> None:
         """Let go of the file; another process may have it."""
