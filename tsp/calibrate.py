@@ -1,8 +1,8 @@
-"""`tsp plan --calibrate`: what this machine reaches, and what a process takes before it has a model.
+"""`tsp plan --calibrate`: what this machine reaches, and what a process holds beside what it needs.
 
-Two layers of the model, with random weights, go through a few steps of stage 1, by the engine as in a job. The work
-of a step is known (`footprint.py`), so its time gives the speed; and what the process held beyond the reckoning is
-what it takes anyway.
+A few layers of the model, with random weights, go through a few steps of each stage, by the engine as in a job. The
+work of a step is known (`footprint.py`), so its time gives the speed. The process holds something before it has a
+model, and then more than is live: freed memory that the allocator keeps, in proportion to what a step makes.
 """
 
 import os
@@ -17,15 +17,19 @@ from tsp.config import JobConfig
 from tsp.decoder import Decoder
 from tsp.engine import Engine
 from tsp.footprint import Shape
-from tsp.machine import weights_dtype
+from tsp.machine import peak_gib, start_peak, weights_dtype
+from tsp.methods import transfer_verb
 from tsp.methods.base import Bench
 from tsp.methods.trsp import stage1
+from tsp.selection import spread
 from tsp.settings import Gpu
 from tsp.sharding import resolve
 from tsp.skeleton import random_model
 from tsp.tracking.null import NullTracker
 
-_STEPS = 4
+_STEPS = 3
+_LAYERS = {"cpu": 8, "cuda": 2}
+"""Of the probe. A GPU's allocator keeps blocks too, but they do not count; on a CPU they do, and settle slowly."""
 _UNKNOWN = Gpu(memory_gib=1, tflops=1, node_gb_s=1, network_gb_s=1, reserved_gib=0)
 _LINKS_GB_S = 10.0
 """Between ranks of one machine, through its memory; one process cannot measure it."""
@@ -45,39 +49,64 @@ def measured_device(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]
     """This machine's device, as `tsp plan` needs it.
 
     Args:
-        shape: of the model; two of its layers are built.
+        shape: of the model; a few of its layers are built.
         config: of the job; its micro-batch on one rank is what is run.
         sharding: the content of the DeepSpeed JSON.
     """
-    small = shape.with_layers((0, shape.num_layers // 2))
+    device = _device()
+    kept = spread(range(shape.num_layers), min(_LAYERS[device.type], shape.num_layers))
+    small = shape.with_layers(kept)
     probe = config.model_copy(
         update={
             "prune": config.prune.model_copy(update={"num_drop": 1, "drop": None}),
             "stage1": config.stage1.model_copy(update={"schedule": "budget", "steps": _STEPS}),
+            "stage2": config.stage2.model_copy(update={"steps": _STEPS, "lr": 1e-4}),
         }
     )
     bench = random_bench(small, probe, sharding)
-    engine = bench.engine
-    seconds: list[float] = []
-    bench.after_step = lambda stage, stats, gates: seconds.append(stats.seconds)
-    with engine.mounted(bench.decoder.model) as bench.model:
-        stage1.score(bench, 1)
-    [peak_gib] = engine.peak_memory_gib()
+    reserved_gib = _reserved_gib(bench)
     alone = Fleet(nodes=1, gpus=1, gpu=_UNKNOWN)
-    selection = Estimate(probe, small, sharding, alone, dtype=engine.dtype).phases[1]
-    memory = (
-        torch.cuda.get_device_properties(engine.device).total_memory
-        if engine.device.type == "cuda"
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
+    phases = {phase.name: phase for phase in Estimate(probe, small, sharding, alone, dtype=bench.engine.dtype).phases}
+    peaks, seconds = _peaks(bench, trains="transfer" in phases)
     return Gpu(
-        memory_gib=memory / GIB,
-        tflops=selection.flops / _STEPS / statistics.median(seconds[1:]) / 1e12,
+        memory_gib=_memory_gib(device),
+        tflops=phases["select"].flops / _STEPS / statistics.median(seconds[1:]) / 1e12,
         utilisation=1.0,
         node_gb_s=_LINKS_GB_S,
         network_gb_s=_LINKS_GB_S,
-        reserved_gib=max(0.0, peak_gib - selection.total_gib),
+        reserved_gib=reserved_gib,
+        slack=max(1.0, *(phases[name].slack(peak - reserved_gib) for name, peak in peaks.items())),
     )
+
+
+def _peaks(bench: Bench, *, trains: bool) -> tuple[dict[str, float], list[float]]:
+    """The most that was held in each phase, GiB, and the seconds of each step of stage 1."""
+    engine, seconds, peaks = bench.engine, [], {}
+    bench.after_step = lambda stage, stats, gates: seconds.append(stats.seconds)
+    with engine.mounted(bench.decoder.model) as bench.model:
+        stage1.score(bench, 1)
+    [peaks["select"]] = engine.peak_memory_gib()
+    transfer = transfer_verb(bench.config.transfer) if trains else None
+    if transfer is not None:
+        transfer(bench, (bench.decoder.num_layers // 2,), save_dtype=engine.dtype)
+        [peaks["transfer"]] = engine.peak_memory_gib()
+    return peaks, seconds[:_STEPS]
+
+
+def _reserved_gib(bench: Bench) -> float:
+    """Taken beside the weights, by this process before the first step; on a GPU by all, without what torch holds."""
+    device = bench.engine.device
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return (total - free - torch.cuda.memory_reserved(device)) / GIB
+    start_peak(device)
+    return peak_gib(device) - bench.engine.weights_gib(bench.decoder.model)[0]
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
 
 
 def random_bench(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]) -> Bench:
@@ -101,7 +130,9 @@ def random_bench(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]) -
         decoder=decoder,
         blocks_NT=torch.randint(shape.vocab_size, (config.train.batch_size, block_tokens)),
         tracker=NullTracker(),
-        load_again=lambda: decoder,
+        load_again=lambda: Decoder(
+            random_model(shape.config, dtype, trust=shape.trust), shape.stack, shape.num_outputs
+        ),
     )
 
 

@@ -67,6 +67,10 @@ class Phase:
     def total_gib(self) -> float:
         return sum(self.memory_gib.values())
 
+    def slack(self, held_gib: float) -> float:
+        """With which so much is held in all: `Gpu.slack`."""
+        return 1 + (held_gib - self.total_gib) / self.memory_gib["step"]
+
     def seconds(self, fleet: Fleet) -> float:
         """Computing and gathering overlap: the slower one counts."""
         computing = self.flops / (fleet.ranks * fleet.gpu.tflops * 1e12 * fleet.gpu.utilisation)
@@ -187,7 +191,11 @@ class Estimate:
         passes = tokens / (one.batch * one.block_tokens * self.fleet.ranks)
         return Phase(
             name=name,
-            memory_gib={**parts, "step": cost.peak_bytes / GIB, "reserved": self.fleet.gpu.reserved_gib},
+            memory_gib={
+                **parts,
+                "step": self.fleet.gpu.slack * cost.peak_bytes / GIB,
+                "reserved": self.fleet.gpu.reserved_gib,
+            },
             tokens=round(tokens),
             flops=passes * cost.flops * self.fleet.ranks,
             traffic_gb=gathers * self.shape.num_parameters * self._dtype.itemsize * shared / 1e9,

@@ -18,7 +18,7 @@ from tsp.options import Command, configs_from_options, sharding_path, trial_opti
     "--gpu", default="h100-80", show_default=True, metavar="NAME|FILE.yaml", help="h100-80, a100-80, h200, l40s."
 )
 @click.option(
-    "--calibrate", is_flag=True, help="Measure this machine first, with two layers of the model; use it as GPU."
+    "--calibrate", is_flag=True, help="Measure this machine first, with a few layers of the model; use it as GPU."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def plan(nodes: int, gpus: int, gpu: str, calibrate: bool, as_json: bool, **options: Any) -> None:

@@ -238,3 +238,5 @@ class Gpu(Section):
     """Of the peak, in training steps; measured by `tsp plan --calibrate`."""
     reserved_gib: float = Field(1.5, ge=0)
     """Taken before anything is loaded: driver, kernels, NCCL."""
+    slack: float = Field(1.0, ge=1)
+    """What a step holds over what of it is live; more than 1 where memory that an allocator keeps for itself counts."""

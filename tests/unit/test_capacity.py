@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from transformers import LlamaConfig
 
@@ -119,6 +120,15 @@ def test_wrong_input(words, says, monkeypatch):
     assert says in done.stderr
 
 
+def test_what_an_allocator_keeps_is_in_proportion_to_the_step(wide):
+    plain, kept = (
+        Estimate(load_config([{}]), wide, ZERO3, Fleet(nodes=1, gpus=1, gpu=gpu), dtype=torch.float32).phases[-1]
+        for gpu in (known_gpu("h100-80"), known_gpu("h100-80").model_copy(update={"slack": 1.5}))
+    )
+    assert kept.memory_gib["step"] == 1.5 * plain.memory_gib["step"]
+    assert plain.slack(kept.total_gib) == pytest.approx(1.5)
+
+
 @pytest.mark.slow
 def test_a_probe_finds_this_machine():
     done = CliRunner().invoke(main, ["plan", "--calibrate", "--json", "--set", "train.batch_size=2"])
@@ -126,5 +136,6 @@ def test_a_probe_finds_this_machine():
     gpu = json.loads(done.stdout)["gpu"]
     assert 0.001 < gpu["tflops"] * gpu["utilisation"] < 100
     assert 0.2 < gpu["reserved_gib"] < 4
+    assert 1 <= gpu["slack"] < 4
     total_kib = next(line.split()[1] for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
     assert gpu["memory_gib"] == pytest.approx(int(total_kib) / 2**20, rel=0.02)
