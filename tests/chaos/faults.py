@@ -56,6 +56,10 @@ def undisturbed(world: World) -> Expected:
     return Expected(world.checkpoint("whole"), world.points(run), STARTUP_S + seconds + REGISTRATION_S)
 
 
+def _say(row: Row, number: int) -> None:
+    print(f"{row.fault}: {row.survived} of {number} survived so far", file=sys.stderr, flush=True)
+
+
 def judge(world: World, output: str, expected: Expected, row: Row) -> bool:
     """Whether the job has come to the same end; what is wrong is added to the row."""
     before = asdict(row)
@@ -86,6 +90,7 @@ def kills(world: World, expected: Expected, number: int, dice: random.Random, pe
         if judge(world, output, expected, row) and code == 0:
             row.survived += faults
         job += 1
+        _say(row, number)
     return row
 
 
@@ -116,6 +121,7 @@ def outages(root: Any, number: int, dice: random.Random) -> Row:
             if judge(world, output, expected, row) and code == synced == 0:
                 row.survived += faults
             job += 1
+            _say(row, number)
     finally:
         server.kill()
     return row
