@@ -34,7 +34,7 @@ def main() -> None:
             shape = shape_of(ModelConfig(path=folder))
         for nodes, gpus in FLEETS:
             train = {"batch_size": 64, "accumulation": 64 // (nodes * gpus), "activation_checkpointing": True}
-            config = load_config([{"train": train, "eval": {"batch_size": 1}}])
+            config = load_config([{"train": train}])
             found = Estimate(config, shape, sharding, Fleet(nodes=nodes, gpus=gpus, gpu=gpu))
             times = " | ".join(f"{phase.seconds(found.fleet) / 60:,.1f}" for phase in found.phases)
             verdict = "yes" if found.fits else "no"

@@ -249,7 +249,8 @@ def take_through(name: str, folder: Path) -> Path:
     model.save_pretrained(folder / "dense")
     tiny_tokenizer().save_pretrained(folder / "dense")
     source = open_source(ModelConfig(path=str(folder / "dense")))
-    dropped = tuple(index for index in range(1, LAYERS, 2) if index not in source.read_by_others)[: len(DROPPED)]
+    free = [index for index in range(1, LAYERS) if index not in source.read_by_others]
+    dropped = tuple(sorted(sorted(free, key=lambda index: index % 2 == 0)[: len(DROPPED)]))
     check_drop(source, dropped)
     decoder = load(source, torch.float32, nullcontext())
     decoder.model.eval()
@@ -272,8 +273,14 @@ def take_through(name: str, folder: Path) -> Path:
     assert not torch.allclose(expected, dense, atol=1e-3), "the layers matter"
     with decoder.bypassing(dropped[:1]), decoder.hidden_states() as states:
         logits(decoder.model, ids)
-    with decoder.bypassing(dropped[:1]), decoder.resuming(dropped[1], states[dropped[1]]):
+    with decoder.bypassing(dropped[:1]), decoder.leaving_out_each(dropped[1:2], states):
         assert torch.equal(logits(decoder.model, ids), expected), "the layers before need not be computed again"
+    others = [index for index in range(dropped[1], decoder.num_layers) if index not in source.read_by_others]
+    with decoder.bypassing(dropped[:1]), decoder.leaving_out_each(others, states):
+        at_once = logits(decoder.model, ids.repeat(len(others), 1)).chunk(len(others))
+    for index, found in zip(others, at_once, strict=True):
+        with decoder.bypassing({dropped[0], index}):
+            assert torch.allclose(logits(decoder.model, ids), found, atol=1e-4), f"without layer {index}"
     gathered = lambda *args, **kwargs: nullcontext()  # noqa: E731
     save_without(decoder, source, dropped, folder / "pruned", gathered=gathered, write=True)
     drop_layers(source, dropped, folder / "on-disk")

@@ -6,6 +6,7 @@ Memory is reckoned from what DeepSpeed keeps of weights, gradients and optimizer
 (`footprint.py`). Time is work over speed: `Gpu.utilisation` of the data sheet's peak, or what a probe has measured.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch
 from tsp.config import JobConfig, number_to_drop
 from tsp.footprint import Pass, Shape
 from tsp.methods import TRANSFERS, is_learned
+from tsp.selection import rungs
 from tsp.settings import Gpu
 from tsp.space import with_settings
 
@@ -186,16 +188,12 @@ class Estimate:
             tokens: of all ranks in the whole phase.
             gathers: of all weights, in a pass with all that belongs to it.
         """
-        cost = self.shape.cost(one, self._dtype)
+        cost, gpu = self.shape.cost(one, self._dtype), self.fleet.gpu
         shared = (1 - 1 / self.fleet.ranks) if self._zero["stage"] == 3 else 0.0
         passes = tokens / (one.batch * one.block_tokens * self.fleet.ranks)
         return Phase(
             name=name,
-            memory_gib={
-                **parts,
-                "step": self.fleet.gpu.slack * cost.peak_bytes / GIB,
-                "reserved": self.fleet.gpu.reserved_gib,
-            },
+            memory_gib={**parts, "step": gpu.slack * cost.peak_bytes / GIB, "reserved": gpu.reserved_gib},
             tokens=round(tokens),
             flops=passes * cost.flops * self.fleet.ranks,
             traffic_gb=gathers * self.shape.num_parameters * self._dtype.itemsize * shared / 1e9,
@@ -219,8 +217,15 @@ class Estimate:
             rounds = self._num_drop if config.stage1.schedule == "greedy" else 1
             tokens = rounds * config.stage1.steps * config.train.batch_size * block_tokens
             return self._phase("select", self._weights(), self._learning("gates"), tokens=tokens, gathers=2)
-        blocks = config.prune.score_blocks * self._scoring_passes() + config.prune.verify_blocks
+        blocks = config.prune.score_blocks * self._scoring_passes() * self._idle() + config.prune.verify_blocks
         return self._measured("select", blocks * block_tokens, block_tokens)
+
+    def _idle(self) -> float:
+        """Where ranks have no scoring block of their own they go along with another's: computed over needed."""
+        prune, ranks = self.config.prune, self.fleet.ranks
+        spans = rungs(prune.score_blocks) if prune.method == "tsp" else [(0, prune.score_blocks)]
+        parts = [(0.5**rung, stop - start) for rung, (start, stop) in enumerate(spans)]
+        return sum(w * ranks * math.ceil(n / ranks) for w, n in parts) / sum(w * n for w, n in parts)
 
     def _scoring_passes(self) -> float:
         """Passes through the whole model with which a selection that trains nothing looks at each scoring block."""

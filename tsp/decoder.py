@@ -5,7 +5,7 @@ first and returns it first (method.md, section 4). What does not fit is refused 
 fake tensors too, so a model of any size is checked before its weights are read.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,18 +60,41 @@ class Decoder:
             self.bypass(before)
 
     @contextmanager
-    def resuming(self, index: int, hidden: Tensor) -> Iterator[None]:
-        """For the length of a block the layers up to this one compute nothing, and it hands on what is given.
+    def leaving_out_each(self, indices: Sequence[int], states: Sequence[Tensor]) -> Iterator[None]:
+        """For the length of a block a pass over F times the same tokens leaves out one of F layers in each repetition.
 
-        The model's own forward still makes masks and positions, and runs the other layers, the norm and the head.
+        Nothing is computed up to the first of them. The model's own forward still makes masks and positions, and runs
+        the other layers, the norm and the head; under ZeRO-3 it gathers each once for all F.
 
         Args:
-            index: of the layer.
-            hidden: what layer `index` would be called with, `[B, T, D]`, from an earlier pass over the same tokens.
+            indices: the F layers, ascending.
+            states: `hidden_states` of an earlier pass over the tokens, once.
         """
-        with self.bypassing(self.bypassed.union(range(index + 1))):
-            self.layers[index].forward = lambda *args, **kwargs: self._returned(hidden)
-            yield
+        first, *others = indices
+        hidden = torch.cat([states[first], *[states[first + 1]] * len(others)])
+
+        def hand_on(rows: slice) -> Any:
+            def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+                returned = hidden_out(output).clone()
+                returned[rows] = hidden_in(args, kwargs)[rows]
+                return with_hidden(output, returned)
+
+            return hook
+
+        num_rows = len(states[first])
+        hooks = [
+            self.layers[index].register_forward_hook(
+                hand_on(slice(number * num_rows, (number + 1) * num_rows)), with_kwargs=True
+            )
+            for number, index in enumerate(others, start=1)
+        ]
+        try:
+            with self.bypassing(self.bypassed.union(range(first + 1))):
+                self.layers[first].forward = lambda *args, **kwargs: self._returned(hidden)
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def hidden_states(self) -> Iterator[list[Tensor]]:

@@ -86,20 +86,22 @@ def successive_halving(
     Returns:
         The best, of equals the later layer; and for each candidate its mean loss on the sequences it was measured on.
     """
-    sums, start = dict.fromkeys(candidates, 0.0), 0
-    means: dict[int, float] = {}
-    alive = list(candidates)
-    for share in (8, 4, 2, 1):
-        stop = max(1, num_sequences // share)
-        if stop > start:
-            for index, loss in losses(alive, start, stop).items():
-                sums[index] += loss * (stop - start)
-                means[index] = sums[index] / stop
-            start = stop
-        alive = sorted(alive, key=lambda index: (means[index], -index))
-        if share > 1:
-            alive = sorted(alive[: math.ceil(len(alive) / 2)])
-    return alive[0], means
+    sums, means = dict.fromkeys(candidates, 0.0), dict[int, float]()
+    alive = sorted(candidates)
+    for start, stop in rungs(num_sequences):
+        if start:
+            best_first = sorted(alive, key=lambda index: (means[index], -index))
+            alive = sorted(best_first[: math.ceil(len(alive) / 2)])
+        for index, loss in losses(alive, start, stop).items():
+            sums[index] += loss * (stop - start)
+            means[index] = sums[index] / stop
+    return min(alive, key=lambda index: (means[index], -index)), means
+
+
+def rungs(num_sequences: int) -> list[tuple[int, int]]:
+    """The sequences on which each half of the candidates is measured, as start and stop; of few, fewer halves."""
+    stops = sorted({max(1, num_sequences // share) for share in (8, 4, 2, 1)})
+    return list(zip([0, *stops], stops, strict=False))
 
 
 def swap_search(

@@ -163,7 +163,7 @@ def promotions(world: World, number: int, dice: random.Random) -> Row:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         row.injected += alive
-        again = promote(version).wait(120)
+        again = promote(version).wait(240)  # The lock of a killed one holds for two minutes.
         champion = world.client().get_model_version_by_alias(REGISTERED, "champion").version
         audit = world.spawn([sys.executable, "-m", "tsp", "audit", REGISTERED], world.root / "audit.err").wait(120)
         good = (again, int(champion), audit) == (0, version, 0)

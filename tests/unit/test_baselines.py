@@ -123,6 +123,19 @@ def test_a_candidate_costs_the_layers_behind_it(settings, calls):
     assert len(counted) == calls + FOUND_BY
 
 
+def test_candidates_share_passes_where_there_is_room_in_a_batch():
+    """2 sequences, 8 to a batch: a whole pass, one for the first four candidates from the second on, and the head."""
+    model, rows = tiny_model(), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda layer, args, output: rows.append(len(output)))
+    few = tokens(2, 16)
+    shared = scored("ppl", 1, model=model, blocks=few)
+    assert rows[FOUND_BY:] == [2] * 5 + [8] * 4
+    plain = scored("ppl", 1, blocks=few, prune__reuse_prefix=False)
+    assert shared.values == pytest.approx(plain.values, rel=1e-6)
+    assert shared.order == plain.order
+
+
 def test_where_layers_read_others_keys_and_values_each_candidate_is_a_pass_of_its_own():
     made = bench(tiny_model(), tokens(6, 16), job(), protected=(1,))
     made.read_by_others = (1,)

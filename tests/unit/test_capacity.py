@@ -120,6 +120,17 @@ def test_wrong_input(words, says, monkeypatch):
     assert says in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("method", "needed", "computed"), [("tsp", 4 + 2 + 2 + 2, 16 * (1 + 1 / 2 + 1 / 4 + 1 / 8)), ("sleb", 32, 32)]
+)
+def test_ranks_without_a_block_of_their_own_compute_all_the_same(wide, method, needed, computed):
+    """32 blocks: the search measures all layers on 4, a half on 4, a quarter on 8, an eighth on 16."""
+    settings = {"transfer": "none", "prune": {"method": method, "score_blocks": 32, "verify_blocks": 1}}
+    one, many = (estimate(wide, nodes=nodes, gpus=gpus, **settings) for nodes, gpus in ((1, 1), (2, 8)))
+    tokens = [next(phase.tokens for phase in found.phases if phase.name == "select") - 2048 for found in (one, many)]
+    assert tokens[1] / tokens[0] == pytest.approx(computed / needed, rel=1e-3)
+
+
 def test_what_an_allocator_keeps_is_in_proportion_to_the_step(wide):
     plain, kept = (
         Estimate(load_config([{}]), wide, ZERO3, Fleet(nodes=1, gpus=1, gpu=gpu), dtype=torch.float32).phases[-1]

@@ -15,6 +15,16 @@ from tsp.tracking.note import note_for
 from tsp.tracking.promotion import Decision, decisions, experiment_of, holder, locked, move, recorded
 from tsp.tracking.store import open_store, resolve_uri
 
+HOLDER = """
+import time
+from pathlib import Path
+from mlflow import MlflowClient
+from tsp.tracking.promotion import locked
+from tsp.tracking.store import resolve_uri
+with locked(MlflowClient(resolve_uri(Path.cwd())), "pruned"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 RACER = """
 import sys, time
 from pathlib import Path
@@ -151,6 +161,19 @@ def test_a_lock_that_was_left_behind_is_taken_away(client, monkeypatch):
     time.sleep(0.01)
     with locked(client, "pruned"):
         pass
+    assert [model.name for model in client.search_registered_models()] == ["pruned"]
+
+
+def test_the_lock_of_a_killed_process_is_waited_for(client, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(promotion, "_LOCK_STALE_S", 5.0)
+    monkeypatch.setattr(promotion, "_TELL_AFTER_S", 0.0)
+    with subprocess.Popen([sys.executable, "-c", HOLDER], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout.readline() == "held\n"
+        killed.kill()
+    with locked(client, "pruned"):
+        pass
+    assert f"process {killed.pid} decides about pruned at this moment, or was killed while it did" in caplog.text
+    assert "is taken away" in caplog.text
     assert [model.name for model in client.search_registered_models()] == ["pruned"]
 
 

@@ -1,10 +1,12 @@
 """Selections that bypass a layer and look at the loss: ppl (once) and sleb (again after each drop).
 
 With `prune.reuse_prefix` a candidate costs only the layers behind it, on average half of them: those before it do what
-they did in the pass without any candidate, which is made once per batch. The plain loop stays beside it, for models
-where later layers read more of earlier ones than the hidden state.
+they did in the pass without any candidate, which is made once per batch. Where a rank has fewer windows than
+`eval.batch_size`, neighbours among the candidates share a pass, and under ZeRO-3 what it gathers. The plain loop stays
+beside it, for models where later layers read more of earlier ones than the hidden state.
 """
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -65,7 +67,7 @@ def losses_without(
 ) -> dict[int, float]:
     """The loss on some blocks without the layers that are gone and one more, for each candidate; nats per token.
 
-    Without a name, no progress is shown: there is a phase around it that does.
+    Candidates are in ascending order. Without a name, no progress is shown: there is a phase around it that does.
     """
     if bench.config.prune.reuse_prefix and not bench.read_by_others:
         question = {"gone": sorted(gone), "candidates": list(candidates), "blocks": digest_of(blocks_NT)}
@@ -80,18 +82,22 @@ def _losses_reusing_prefix(
 ) -> list[float]:
     """The same, batch by batch; on a rank, the hidden states of one batch are held at a time, `L x [b, T, D]`."""
     assert bench.model is not None
-    model, decoder = bench.model, bench.decoder
+    model, decoder, size = bench.model, bench.decoder, bench.config.eval.batch_size
+    windows = min(size, math.ceil(len(blocks_NT) / bench.engine.world_size))
+    at_once = size // windows
 
     def losses(tokens_bT: Tensor) -> Tensor:
         with decoder.hidden_states() as states:
             model(tokens_bT)
-        columns = []
-        for index in candidates:
-            with decoder.resuming(index, states[index]):
-                columns.append(mean_losses(model(tokens_bT), tokens_bT))
+        columns = list[Tensor]()
+        for start in range(0, len(candidates), at_once):
+            some = candidates[start : start + at_once]
+            tokens_FbT = tokens_bT.repeat(len(some), 1)
+            with decoder.leaving_out_each(some, states):
+                columns += mean_losses(model(tokens_FbT), tokens_FbT).split(len(tokens_bT))
         return torch.cat(columns, dim=1)
 
-    sharing = bench.engine.sharing(bench.config.eval.batch_size)
+    sharing = bench.engine.sharing(windows)
     with decoder.bypassing(gone):
         losses_KN = per_window(losses, blocks_NT, **sharing, name=name).T.contiguous()
     return [float(losses_N.mean()) for losses_N in losses_KN]

@@ -40,8 +40,9 @@ DECISION_FILE = "decision.json"
 LOCK = ".lock"
 _LOCK_STALE_S = 120.0
 """Nothing under the lock takes more than a few requests: whoever holds it for longer is dead."""
-_LOCK_WAIT_S = 30.0
+_LOCK_WAIT_S = _LOCK_STALE_S + 30
 _LOCK_POLL_S = 0.2
+_TELL_AFTER_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +110,23 @@ def locked(client: "MlflowClient", name: str) -> Iterator[None]:
     """Only one process, on whatever machine, decides about a model inside the block.
 
     The lock is a registered model `NAME.lock`: its name is unique in the database, so that only one can create it, be
-    the store a file, PostgreSQL or behind a server. One that was left behind is taken away after two minutes.
+    the store a file, PostgreSQL or behind a server. One that a killed process has left behind is taken away when it is
+    two minutes old; others wait for that.
 
     Raises:
-        PromotionError: somebody else holds it, for half a minute.
+        PromotionError: others hold it, for two minutes and a half.
     """
     lock, me = f"{name}{LOCK}", f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}"
-    end = time.monotonic() + _LOCK_WAIT_S
+    started, told = time.monotonic(), False
     while not _created(client, lock, me):
-        if time.monotonic() > end:
+        waited_s = time.monotonic() - started
+        if waited_s > _TELL_AFTER_S and not told:
+            log.warning(
+                "%s decides about %s at this moment, or was killed while it did; waiting for at most %.0f s",
+                *(_lock_holder(client, lock), name, _LOCK_WAIT_S),
+            )
+            told = True
+        if waited_s > _LOCK_WAIT_S:
             raise PromotionError(
                 f"{_lock_holder(client, lock)} decides about {name} at this moment; try again in a minute"
             )
