@@ -9,6 +9,9 @@ INSTALLED := $(VENV)/installed
 MARKERS ?= not slow and not browser
 # More options for pytest: `make test PYTEST="-x -k gates"`.
 PYTEST ?=
+# Processes that test files are shared among, one thread each; what a failing test prints is shown at its end.
+WORKERS ?= 2
+TESTING := OMP_NUM_THREADS=1 pytest --numprocesses $(WORKERS) --dist loadfile
 # How much of it: `make chaos CHAOS="--kills 10 --outages 5 --seed 1"`.
 CHAOS ?=
 
@@ -33,7 +36,7 @@ sweep: $(INSTALLED)
 	PATH="$(BIN):$$PATH" tsp compare demo-sweep --report build/comparison.html
 
 test: $(INSTALLED)
-	PATH="$(BIN):$$PATH" pytest -m "$(MARKERS)" $(PYTEST)
+	PATH="$(BIN):$$PATH" $(TESTING) -m "$(MARKERS)" $(PYTEST)
 
 check: lint unit
 
@@ -43,7 +46,7 @@ lint: $(INSTALLED)
 	PATH="$(BIN):$$PATH" mypy
 
 unit: $(INSTALLED)
-	PATH="$(BIN):$$PATH" pytest -m "not slow and not multiproc and not browser" tests/unit tests/policy $(PYTEST)
+	PATH="$(BIN):$$PATH" $(TESTING) -m "not slow and not multiproc and not browser" tests/unit tests/policy $(PYTEST)
 
 fuzz: $(INSTALLED)
 	PATH="$(BIN):$$PATH" pytest --hypothesis-profile=fuzz --hypothesis-show-statistics tests/contract/test_fuzz.py

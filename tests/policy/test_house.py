@@ -154,7 +154,7 @@ def test_constraints_are_exact_and_name_no_index():
     ("target", "last"),
     [
         ("prune", "deepspeed launchers/prune.py --ds ds_configs/zero3.json"),
-        ("test", 'pytest -m "not slow and not browser"'),
+        ("test", 'OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile -m "not slow and not browser"'),
         ("lint", "mypy"),
         ("bench", "python benchmarks/run.py"),
         ("demo-model", "tsp demo train --output build/demo-model"),
@@ -163,7 +163,7 @@ def test_constraints_are_exact_and_name_no_index():
 def test_make_runs_what_it_says(target, last):
     command = ["make", "--dry-run", "--always-make", target]
     # These tests are run by make themselves, and may have been given variables of ours.
-    inherited = {"MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "MARKERS", "PYTEST", "PYTHON"}
+    inherited = {"MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "MARKERS", "PYTEST", "PYTHON", "WORKERS"}
     env = {name: value for name, value in os.environ.items() if name not in inherited}
     printed = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True).stdout
     lines = printed.strip().splitlines()
