@@ -29,7 +29,7 @@ from tsp.tracking.null import NullTracker
 
 _STEPS = 3
 _LAYERS = {"cpu": 8, "cuda": 2}
-"""Of the probe. A GPU's allocator keeps blocks too, but they do not count; on a CPU they do, and settle slowly."""
+"""Of the probe: on a CPU enough for memory that is freed and kept to outweigh what loading has left behind."""
 _UNKNOWN = Gpu(memory_gib=1, tflops=1, node_gb_s=1, network_gb_s=1, reserved_gib=0)
 _LINKS_GB_S = 10.0
 """Between ranks of one machine, through its memory; one process cannot measure it."""
@@ -68,6 +68,8 @@ def measured_device(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]
     alone = Fleet(nodes=1, gpus=1, gpu=_UNKNOWN)
     phases = {phase.name: phase for phase in Estimate(probe, small, sharding, alone, dtype=bench.engine.dtype).phases}
     peaks, seconds = _peaks(bench, trains="transfer" in phases)
+    # A GPU's peak is what torch has allocated, a CPU's all that the process holds.
+    beside_gib = reserved_gib if device.type == "cpu" else 0.0
     return Gpu(
         memory_gib=_memory_gib(device),
         tflops=phases["select"].flops / _STEPS / statistics.median(seconds[1:]) / 1e12,
@@ -75,7 +77,7 @@ def measured_device(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]
         node_gb_s=_LINKS_GB_S,
         network_gb_s=_LINKS_GB_S,
         reserved_gib=reserved_gib,
-        slack=max(1.0, *(phases[name].slack(peak - reserved_gib) for name, peak in peaks.items())),
+        slack=max(1.0, *(phases[name].slack(peak - beside_gib) for name, peak in peaks.items())),
     )
 
 
