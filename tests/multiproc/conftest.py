@@ -13,14 +13,14 @@ from tsp.fresh import LAUNCHER_VARIABLES
 
 
 def start(
-    script: Path, *arguments: object, num_ranks: int, cwd: Path, timeout_s: float = 400
+    script: Path, *arguments: object, num_ranks: int, cwd: Path, timeout_s: float = 800
 ) -> subprocess.CompletedProcess:
     """`deepspeed --num_accelerators N SCRIPT ...`, as a user would."""
     words = ["deepspeed", "--num_accelerators", num_ranks, "--master_port", free_port(), script, *arguments]
     return run(words, cwd=cwd, timeout_s=timeout_s)
 
 
-def run(command: list[object], *, cwd: Path, timeout_s: float = 400) -> subprocess.CompletedProcess:
+def run(command: list[object], *, cwd: Path, timeout_s: float = 800) -> subprocess.CompletedProcess:
     """A command that starts ranks, in the environment of a user's shell."""
     dropped = LAUNCHER_VARIABLES | {"MLFLOW_RUN_ID"}
     environment = {key: value for key, value in os.environ.items() if key not in dropped}

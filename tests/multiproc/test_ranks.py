@@ -157,7 +157,7 @@ def run(models, text, launch, tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(run):
     """By number of ranks."""
-    return {num_ranks: run(f"ranks-{num_ranks}", plan(num_ranks), num_ranks, 500) for num_ranks in (1, 2)}
+    return {num_ranks: run(f"ranks-{num_ranks}", plan(num_ranks), num_ranks, 800) for num_ranks in (1, 2)}
 
 
 @pytest.fixture(scope="module")
