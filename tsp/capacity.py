@@ -241,12 +241,12 @@ class Estimate:
         if not self._trains:
             return []
         one = replace(self._learning("transfer"), stage2=config, num_doomed=self._num_drop)
-        copy = config.trainable == "full" and bool(config.task.distill)
+        copy = config.trainable == "full" and config.has_teacher
         owners = self.fleet.ranks if self._zero["stage"] >= 1 else 1
         optimizer = 0.0 if "offload_optimizer" in self._zero else _ADAM_BYTES * self._trained() / owners / GIB
         parts = {**self._weights(copies=1 + copy), "optimizer": optimizer}
         tokens = config.steps * self.config.train.batch_size * one.block_tokens
-        return [self._phase("transfer", parts, one, tokens=tokens, gathers=3 if config.task.distill else 2)]
+        return [self._phase("transfer", parts, one, tokens=tokens, gathers=3 if config.has_teacher else 2)]
 
     def _learning(self, learns: Any) -> Pass:
         train = self.config.train

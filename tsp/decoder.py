@@ -97,12 +97,18 @@ class Decoder:
                 hook.remove()
 
     @contextmanager
-    def hidden_states(self) -> Iterator[list[Tensor]]:
+    def hidden_states(self, wanted: bool = True) -> Iterator[list[Tensor]]:
         """Collects h_0 ... h_L of the one forward pass inside the block, `[B, T, D]` each.
 
         h_i is what layer i is called with; h_L is what the last layer returns, before the final norm.
+
+        Args:
+            wanted: else there are none, and none are held.
         """
         states: list[Tensor] = []
+        if not wanted:
+            yield states
+            return
 
         def note_input(module: nn.Module, args: Any, kwargs: Any) -> None:
             states.append(hidden_in(args, kwargs))

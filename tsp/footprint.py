@@ -30,7 +30,7 @@ from tsp.evaluation.perplexity import mean_losses
 from tsp.gates import Gates
 from tsp.linear import linear_maps, num_outputs
 from tsp.live import LiveBytes, cheap_collections, operations
-from tsp.losses import lm_loss, task_loss
+from tsp.losses import hidden_loss, lm_loss, task_loss
 from tsp.masking import one_line
 from tsp.selection import spread
 from tsp.settings import Stage2Config
@@ -203,13 +203,18 @@ def _stage2(decoder: Decoder, tokens_BT: Tensor, one: Pass, live: LiveBytes, flo
     gates = Gates(decoder, gated=doomed, recorded=doomed)
     gates.values.requires_grad_(config.trainable == "none")
     with flops, live:
-        teacher_BTV = None
-        if config.task.distill:
-            with torch.no_grad():
+        teacher_BTV, dense = None, []
+        if config.has_teacher:
+            with torch.no_grad(), decoder.hidden_states(config.hidden > 0) as dense:
                 teacher_BTV = _logits(decoder, tokens_BT)
         with nullcontext() if closed else gates.attached(), decoder.bypassing(closed):
-            logits_BTV = _logits(decoder, tokens_BT)
-            task_loss(logits_BTV, tokens_BT, **dict(config.task), teacher_BTV=teacher_BTV).total.backward()
+            with decoder.hidden_states(config.hidden > 0) as states:
+                logits_BTV = _logits(decoder, tokens_BT)
+            loss = task_loss(logits_BTV, tokens_BT, **dict(config.task), teacher_BTV=teacher_BTV).total
+            if config.hidden:
+                loss = loss + config.hidden * hidden_loss(states, dense, doomed)
+            states.clear()
+            loss.backward()
 
 
 def _logits(decoder: Decoder, tokens_BT: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ Beside the model's weights nothing is as large as `[B, T, V]`. Plain formulas ho
 log-softmaxes, their gradients); here only the logits and their gradient are whole, in the model's dtype, and the
 gradient is made in the forward pass, as all that it depends on is there (as in Liger Kernel, arXiv 2410.10989).
 
-Shapes: B sequences, T tokens, N = B * T positions, V vocabulary.
+Shapes: B sequences, T tokens, N = B * T positions, V vocabulary, D hidden size.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,6 +86,28 @@ def task_loss(
     return TaskLoss(*_InChunks.apply(logits_BTV.flatten(0, 1), work))
 
 
+def hidden_loss(states: Sequence[Tensor], dense: list[Tensor], doomed: Collection[int]) -> Tensor:
+    """Mean over tokens and places of |h - dense|^2 / |dense|^2, at what each kept layer and the final norm is given.
+
+    Each token is measured by itself: the few on which models put hidden states of a hundred times the size count like
+    any other, and the mean over the parts of a batch is the mean over the batch.
+
+    Args:
+        states: `[B, T, D]` each, `Decoder.hidden_states` of the model that learns.
+        dense: the same of the dense model; taken from it, so that each is freed when its distance is known.
+        doomed: layers that will be dropped.
+
+    Returns:
+        `[]` fp32.
+    """
+    distances = []
+    for place in reversed(range(1, len(states))):
+        dense_BTD = dense.pop()
+        if place not in doomed:
+            distances.append(_RelativeDistance.apply(states[place], dense_BTD))
+    return torch.stack(distances).mean()
+
+
 @dataclass
 class _Work:
     wanted_N: Tensor
@@ -119,6 +142,24 @@ class _InChunks(torch.autograd.Function):
         (gradient_NV,) = ctx.saved_tensors
         # In place: another copy of the largest tensor there is only for a second backward pass.
         return gradient_NV.mul_(outer), None
+
+
+class _RelativeDistance(torch.autograd.Function):
+    """Of one place; keeps its gradient, in the dtype of the hidden states, and no fp32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_BTD: Tensor, dense_BTD: Tensor) -> Tensor:
+        dense = dense_BTD.float()
+        gap = hidden_BTD.float() - dense
+        scale_BT1 = 1 / (dense.square().sum(dim=-1, keepdim=True).clamp(min=1e-12) * dense[..., 0].numel())
+        distance = (gap.square() * scale_BT1).sum()
+        ctx.save_for_backward(gap.mul_(2 * scale_BT1).to(hidden_BTD.dtype))
+        return distance
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
+        (gradient_BTD,) = ctx.saved_tensors
+        return gradient_BTD * outer, None
 
 
 def _chunk(logits_NV: Tensor, rows: slice, work: _Work, sums: Tensor, gradient_NV: Tensor | None) -> None:

@@ -156,6 +156,9 @@ class Stage2Config(Section):
     """Weights of the parts of the task loss."""
     temperature: float = Field(1.0, gt=0)
     """Of the distillation."""
+    hidden: float = Field(3.0, ge=0)
+    """Weight of the squared distance of what each kept layer, and the final norm, is given to what the dense model
+    gives it, over the square of the latter: mean over tokens and places."""
     lambda2: float = Field(0.0, ge=0)
     """Weight of the gap penalty."""
     lambda2_unit: Literal["loss", "one"] = "loss"
@@ -184,6 +187,11 @@ class Stage2Config(Section):
     """Optimizer steps."""
     lora: LoraConfig = LoraConfig()
     """Adapters of `trainable: lora`."""
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether something is learned from the dense model, which then runs, too."""
+        return self.task.distill > 0 or self.hidden > 0
 
 
 class LacoConfig(Section):

@@ -104,13 +104,14 @@ def default_space(config: JobConfig) -> dict[str, Any]:
     # AdamW does not feel the size of a loss, only the mix of its parts: the lighter part's weight is searched.
     lighter, heavier = sorted(("lm", "distill"), key=lambda part: getattr(stage2.task, part))
     mix = {f"stage2.task.{lighter}": {"low": 0.0, "high": getattr(stage2.task, heavier)}}
+    hidden = {"stage2.hidden": _around(stage2.hidden, 10, 10)} if stage2.hidden else {}
     opened = [gates for gates in dict.fromkeys((stage2.gates, "off", "anneal")) if gates != "off"]
     gates = {
         "stage2.gates": ["off", *opened],
         "stage2.lambda2": {"low": 0.01, "high": 2.0, "log": True, "if": {"stage2.gates": opened}},
     }
     spaces: dict[str, dict[str, Any]] = {
-        "stage2": lr | mix | temperature | gates,
+        "stage2": lr | mix | temperature | hidden | gates,
         "distill": lr | temperature,
         "finetune": lr,
         "replaceme": {"replaceme.ridge": _around(config.replaceme.ridge or 1.0, 100, 10)},

@@ -52,8 +52,13 @@ FALLING = {
 }
 BUDGET = {"stage1__schedule": "budget", "stage1__steps": 10, "stage1__lr": 0.1, "train__batch_size": 8}
 LORA = {"stage2__trainable": "lora", "stage2__steps": 8, "stage2__lr": 1e-2, "stage2__lora": {"rank": 4, "alpha": 8.0}}
-FULL = {"stage2__trainable": "full", "stage2__steps": 6, "stage2__lr": 5e-3}
-ANNEAL = {"stage2__gates": "anneal", "stage2__lambda2": 0.01, "stage2__task": {"lm": 0.1, "distill": 1.0}}
+FULL = {"stage2__trainable": "full", "stage2__steps": 6, "stage2__lr": 5e-3, "stage2__hidden": 3.0}
+ANNEAL = {
+    "stage2__gates": "anneal",
+    "stage2__lambda2": 0.01,
+    "stage2__task": {"lm": 0.1, "distill": 1.0},
+    "stage2__hidden": 3.0,
+}
 
 
 SOME = [(2, "fp32"), (3, "fp32"), (3, "bf16")]
@@ -219,7 +224,7 @@ def test_one_rank_is_two_ranks_in_stage_1(of, name):
 @pytest.mark.parametrize("name", ["lora-zero3-fp32", "full-zero2-fp32"])
 def test_one_rank_is_two_ranks_in_stage_2(of, name):
     one, two = of(name, 1), of(name, 2)
-    for loss in ("total", "distill", "gap"):
+    for loss in ("total", "distill", "hidden", "gap"):
         ours, theirs = (series(result, f"stage2/loss/{loss}") for result in (one, two))
         assert ours == pytest.approx(theirs, rel=5e-3, abs=1e-5), loss
     assert series(one, "stage2/gap/layer_001") == pytest.approx(series(two, "stage2/gap/layer_001"), rel=1e-3)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import VOCABULARY, distillation_loss, tiny_model, tokens
 from tsp import losses
-from tsp.losses import lm_loss, task_loss
+from tsp.losses import hidden_loss, lm_loss, task_loss
 from tsp.targets import marked, share
 
 B, T, V = 3, 7, 13
@@ -75,6 +75,53 @@ def test_in_bf16_only_the_gradient_is_rounded():
     wanted.total.backward()
     assert student.grad.dtype == torch.bfloat16
     torch.testing.assert_close(student.grad, exact.grad.bfloat16())
+
+
+def states(dtype=torch.float32):
+    """Of a model of four layers that learns, and of the dense one, whose tokens are of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    ours, dense = torch.randn(2, 5, B, T, V, generator=generator).unbind()
+    dense = dense * torch.logspace(-2, 2, T).unsqueeze(-1)
+    return [h.to(dtype).requires_grad_(True) for h in ours + dense], list(dense.to(dtype))
+
+
+def test_hidden_states_are_compared_by_token_where_a_kept_layer_or_the_norm_gets_them():
+    ours, dense = states()
+    ratios = [
+        (torch.linalg.vector_norm(ours[k] - dense[k], dim=-1) / torch.linalg.vector_norm(dense[k], dim=-1)) ** 2
+        for k in (1, 3, 4)
+    ]
+    wanted = 3 * torch.stack(ratios).mean()
+    gradients = torch.autograd.grad(wanted, [ours[k] for k in (1, 3, 4)])
+    found = 3 * hidden_loss(ours, dense, doomed=[2])
+    assert len(dense) == 1, "the others are let go"
+    torch.testing.assert_close(found, wanted)
+    found.backward()
+    assert ours[0].grad is ours[2].grad is None
+    for place, gradient in zip((1, 3, 4), gradients, strict=True):
+        torch.testing.assert_close(ours[place].grad, gradient)
+
+
+def test_hidden_states_of_parts_of_a_batch_are_on_average_those_of_the_batch():
+    ours, dense = states()
+    parts = [hidden_loss([h[b : b + 1] for h in ours], [h[b : b + 1] for h in dense], ()) for b in range(B)]
+    torch.testing.assert_close(torch.stack(parts).mean(), hidden_loss(ours, dense, ()))
+
+
+def test_hidden_states_in_bf16_have_a_distance_in_fp32():
+    ours, dense = states(torch.bfloat16)
+    exact = [h.detach().float().requires_grad_(True) for h in ours]
+    found, wanted = hidden_loss(ours, list(dense), ()), hidden_loss(exact, [h.float() for h in dense], ())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted)
+    found.backward()
+    wanted.backward()
+    torch.testing.assert_close(ours[1].grad, exact[1].grad.bfloat16())
+
+
+def test_hidden_states_of_a_token_that_are_all_zero_give_numbers():
+    loss = hidden_loss([torch.zeros(1, 1, 4, requires_grad=True)] * 2, [torch.zeros(1, 1, 4)] * 2, ())
+    assert loss.item() == 0
 
 
 def test_lm_loss_is_that_of_transformers():

@@ -95,7 +95,7 @@ def test_the_default_space_holds_the_jobs_own_values(method):
         ({"transfer": "replaceme"}, {"replaceme.ridge"}),
         (
             {"transfer": "stage2", "stage2__task": {"lm": 1, "distill": 0}, "stage2__gates": "hold"},
-            {"stage2.lr_scale", "stage2.task.distill", "stage2.temperature", "stage2.gates", "stage2.lambda2"},
+            {f"stage2.{key}" for key in ("lr_scale", "task.distill", "temperature", "hidden", "gates", "lambda2")},
         ),
     ],
 )

@@ -1,15 +1,27 @@
 """Stage 2 trains what it says, towards what it says, and leaves a plain frozen model."""
 
+import copy
 import math
 
 import pytest
 import torch
 
-from tests.models import bench, distillation_loss, job, logits, make_identity, sample, tiny_model, tokens
+from tests.models import (
+    bench,
+    distillation_loss,
+    job,
+    logits,
+    make_identity,
+    sample,
+    tiny_model,
+    tokens,
+    without_layers,
+)
 from tsp.decoder import find_decoder
 from tsp.errors import TspError
 from tsp.methods.trsp import stage2
 from tsp.methods.trsp.stage2 import gate_value, learning_rate, transfer
+from tsp.training import step_indices
 
 LAYERS = 4
 DOOMED = (1, 2)
@@ -113,7 +125,10 @@ def test_no_steps_change_nothing():
 def test_distillation_falls_and_the_pruned_model_comes_nearer_to_the_dense_one(trainable, gates):
     settings = {"stage2__trainable": trainable, "stage2__gates": gates, "stage2__steps": 25, "stage2__lr": 5e-3}
     before = distillation(transferred(stage2__steps=0))
-    made = transferred(**settings, stage2__lambda2=0.3 if gates == "hold" else 0.0)
+    if gates == "hold":
+        # The doomed layers go because of the penalty, and hidden states that stay as they are do not help it.
+        settings |= {"stage2__lambda2": 0.3, "stage2__hidden": 0.0}
+    made = transferred(**settings)
     after = distillation(made)
     assert after < 0.8 * before
     assert plain(made)
@@ -148,6 +163,7 @@ def test_the_gap_penalty_alone_makes_the_doomed_gap_smaller(trainable, norm):
     made = transferred(
         stage2__trainable=trainable,
         stage2__task={"lm": 0.0, "distill": 0.0},
+        stage2__hidden=0.0,
         stage2__lambda2=1.0,
         stage2__lambda2_unit="one",
         stage2__gap_norm=norm,
@@ -197,11 +213,73 @@ def test_the_gap_of_an_identity_is_zero_and_trains_nothing():
 
 def test_the_losses_add_up():
     made = transferred(
-        stage2__task={"lm": 0.5, "distill": 2.0}, stage2__lambda2=0.1, stage2__gates="anneal", train__accumulation=2
-    )
+        stage2__task={"lm": 0.5, "distill": 2.0}, stage2__hidden=3.0, stage2__lambda2=0.1, stage2__gates="anneal",
+        train__accumulation=2,
+    )  # fmt: skip
     for _, row in made.tracker.rows:
-        lm, distill, gap, total = (row[f"stage2/loss/{name}"] for name in ("lm", "distill", "gap", "total"))
-        assert total == pytest.approx(0.5 * lm + 2 * distill + gap, rel=1e-5)
+        lm, distill, hidden, gap, total = (
+            row[f"stage2/loss/{name}"] for name in ("lm", "distill", "hidden", "gap", "total")
+        )
+        assert total == pytest.approx(0.5 * lm + 2 * distill + 3 * hidden + gap, rel=1e-5)
+
+
+def inputs_of(model, tokens_BT):
+    """What each layer, and the final norm, is given."""
+    found = []
+    places = (*model.model.layers, model.model.norm)
+    hooks = [place.register_forward_pre_hook(lambda _, args: found.append(args[0])) for place in places]
+    model(input_ids=tokens_BT)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def relative_distance(smaller, dense, tokens_BT):
+    with torch.no_grad():
+        taught = inputs_of(dense, tokens_BT)
+    taught = [taught[index] for index in range(LAYERS + 1) if index not in DOOMED]
+    pairs = list(zip(inputs_of(smaller, tokens_BT), taught, strict=True))[1:]
+    ratios = [((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)) ** 2 for ours, theirs in pairs]
+    return torch.stack(ratios).mean()
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_hidden_states_start_where_those_of_the_smaller_model_are_and_come_nearer(trainable, accumulation):
+    dense, blocks = tiny_model(num_layers=LAYERS), tokens(32, 12)
+    made = transferred(
+        blocks=blocks, stage2__trainable=trainable, stage2__hidden=10.0, stage2__lr=5e-3, stage2__steps=20,
+        stage2__task={"lm": 0.0, "distill": 0.0}, train__batch_size=32, train__accumulation=accumulation,
+    )  # fmt: skip
+    losses = made.tracker.series("stage2/loss/hidden")
+    assert losses[0] == pytest.approx(
+        relative_distance(without_layers(dense, DOOMED, "model.layers"), dense, blocks).item(), rel=1e-5
+    )
+    assert losses[-1] < 0.8 * losses[0]
+    after = relative_distance(without_layers(made.decoder.model, DOOMED, "model.layers"), dense, blocks)
+    assert after.item() == pytest.approx(losses[-1], rel=0.05), "one step later"
+    assert not made.tracker.series("stage2/loss/distill")
+    assert plain(made)
+
+
+def test_hidden_states_are_learned_as_in_plain_pytorch():
+    dense, blocks, steps = tiny_model(num_layers=LAYERS), tokens(16, 12), 5
+    made = transferred(
+        blocks=blocks, stage2__trainable="full", stage2__hidden=10.0, stage2__lr=1e-3, stage2__steps=steps,
+        stage2__task={"lm": 0.0, "distill": 1.0}, stage2__clip=None,
+    )  # fmt: skip
+    smaller = copy.deepcopy(without_layers(dense, DOOMED, "model.layers")).requires_grad_(True)
+    optimizer = torch.optim.AdamW(smaller.parameters(), weight_decay=0.0)
+    for step in range(steps):
+        batch = blocks[step_indices(16, 8, step, seed=1)]
+        loss = distillation_loss(smaller(input_ids=batch).logits, logits(dense, batch))
+        (loss + 10 * relative_distance(smaller, dense, batch)).backward()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, 1e-3, made.config.stage2.warmup_share)
+        optimizer.step()
+        optimizer.zero_grad()
+    with made.decoder.bypassing(DOOMED):
+        found = logits(made.decoder.model, blocks[:2])
+    assert torch.allclose(found, logits(smaller, blocks[:2]), atol=1e-4)
 
 
 def test_the_first_loss_of_distillation_is_that_of_the_bare_drop_and_zero_while_all_gates_are_open():

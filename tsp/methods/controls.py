@@ -25,7 +25,7 @@ def distill(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) -
 
 def _train_without(bench: Bench, doomed: Collection[int], task: LossWeights, save_dtype: torch.dtype) -> None:
     given = bench.config
-    closed = given.stage2.model_copy(update={"task": task, "lambda2": 0.0, "gates": "off"})
+    closed = given.stage2.model_copy(update={"task": task, "hidden": 0.0, "lambda2": 0.0, "gates": "off"})
     bench.config = given.model_copy(update={"stage2": closed})
     try:
         stage2.transfer(bench, doomed, save_dtype=save_dtype)

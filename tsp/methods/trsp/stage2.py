@@ -1,16 +1,17 @@
 """Stage 2: regularise the gap of the doomed layers, so that the others take over what they know; then they can go.
 
 L2 = task + lambda2 * sum_{i in doomed} ||gap_i|| (paper, section 3.2), with task = lm * cross-entropy + distill *
-KL(dense || pruned). Gates of the doomed layers `hold` at 1 (paper), `anneal` to 0, or are `off` from the first step;
-the others' gates are 1 throughout.
+KL(dense || pruned) + hidden * relative distance to the dense model's hidden states. Gates of the doomed layers `hold`
+at 1 (paper), `anneal` to 0, or are `off` from the first step; the others' gates are 1 throughout.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from torch import Tensor
 from tsp.adapters import adapters_off, add_adapters, merge_adapters, remove_adapters
 from tsp.checkpoint import round_weights
 from tsp.config import Stage2Config
+from tsp.decoder import Decoder
 from tsp.gates import Gates
 from tsp.interrupts import deferred
-from tsp.losses import lm_loss, task_loss
+from tsp.losses import hidden_loss, lm_loss, task_loss
 from tsp.methods.base import Bench
 from tsp.methods.trsp.peak_lr import peak_lr
 from tsp.mounted import Mounted
@@ -31,8 +33,17 @@ from tsp.sharding import AdamW
 from tsp.states import State
 from tsp.training import StepStats, micro_batches, train
 
-# Takes tokens [B, T], returns the dense model's logits [B, T, V], without gradient.
-Teacher = Callable[[Tensor], Tensor]
+
+class Taught(NamedTuple):
+    """What the dense model makes of some tokens, without gradient."""
+
+    logits_BTV: Tensor
+    hidden: list[Tensor]
+    """`[B, T, D]`, see `Decoder.hidden_states`; empty without `stage2.hidden`."""
+
+
+# Takes tokens [B, T].
+Teacher = Callable[[Tensor], Taught]
 
 
 def transfer(bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) -> None:
@@ -199,9 +210,10 @@ class _Training:
 
     def _loss(self, tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
         config = self.config
-        dense_BTV = self.teacher(tokens_BT) if config.task.distill else None
+        dense = self.teacher(tokens_BT) if config.has_teacher else None
         self.gates.gaps.clear()
-        logits_BTV = self.model(tokens_BT)
+        with self.bench.decoder.hidden_states(config.hidden > 0) as states:
+            logits_BTV = self.model(tokens_BT)
         gaps = _sizes(self.gates, config)
         for index, size in gaps.items():
             self.gap_sizes[index] += size.detach() / self.bench.config.train.accumulation
@@ -210,12 +222,17 @@ class _Training:
             tokens_BT,
             share,
             **dict(config.task),
-            teacher_BTV=dense_BTV,
+            teacher_BTV=dense.logits_BTV if dense and config.task.distill else None,
             temperature=config.temperature,
         )
         gap = self.weight * sum(gaps.values(), start=logits_BTV.new_zeros((), dtype=torch.float32))
-        distill = {} if dense_BTV is None else {"distill": task.distill}
-        return {"total": task.total + gap, "gap": gap, "lm": task.lm, **distill}
+        parts = {"total": task.total + gap, "gap": gap, "lm": task.lm}
+        if config.task.distill:
+            parts["distill"] = task.distill
+        if dense and dense.hidden:
+            parts["hidden"] = hidden_loss(states, dense.hidden, self.doomed)
+            parts["total"] = parts["total"] + config.hidden * parts["hidden"]
+        return parts
 
 
 def _penalty_weight(bench: Bench, model: Mounted, gates: Gates) -> float:
@@ -254,19 +271,19 @@ def _make_trainable(bench: Bench, doomed: Collection[int]) -> None:
 def _teacher(bench: Bench, student: Mounted, gates: Gates) -> Iterator[Teacher]:
     """The dense model: the student's own frozen weights where only adapters or gates train, else a second copy."""
     config, decoder = bench.config.stage2, bench.decoder
-    if config.trainable == "full" and config.task.distill:
-        dense = bench.load_again().model
-        with bench.engine.mounted(dense) as copy:
-            yield lambda tokens_BT: _without_gradient(copy, tokens_BT)
-        return
 
-    def adapters_off_forward(tokens_BT: Tensor) -> Tensor:
+    def taught(dense: Decoder, model: Mounted, tokens_BT: Tensor) -> Taught:
+        with torch.no_grad(), dense.hidden_states(config.hidden > 0) as states:
+            logits_BTV = model(tokens_BT)
+        return Taught(logits_BTV, states)
+
+    def adapters_off_forward(tokens_BT: Tensor) -> Taught:
         with gates.opened(), decoder.bypassing(()), adapters_off(decoder.model):
-            return _without_gradient(student, tokens_BT)
+            return taught(decoder, student, tokens_BT)
 
-    yield adapters_off_forward
-
-
-def _without_gradient(model: Mounted, tokens_BT: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(tokens_BT)
+    if config.trainable == "full" and config.has_teacher:
+        dense = bench.load_again()
+        with bench.engine.mounted(dense.model) as copy:
+            yield functools.partial(taught, dense, copy)
+    else:
+        yield adapters_off_forward
