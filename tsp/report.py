@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from tsp.console import console
 from tsp.masking import masked, masked_tree
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def _plan(job: "Job") -> dict[str, Any]:
 
 def print_sweep(children: "list[Child]", experiment: str, run_link: str, stdout: TextIO | None = None) -> None:
     """How each job of a sweep ended."""
-    console = _console(stdout or sys.stdout)
+    out = console(stdout or sys.stdout)
     table = Table(title=f"{len(children)} jobs")
     keys = list(dict.fromkeys(key for child in children for key in child.varied))
     for key in keys:
@@ -49,14 +50,14 @@ def print_sweep(children: "list[Child]", experiment: str, run_link: str, stdout:
     for child in children:
         values = (str(child.varied.get(key, "")) for key in keys)
         table.add_row(*values, child.status.lower(), child.run_id or "-", child.reason or "")
-    console.print(table)
-    console.print(f"compare     tsp compare {shlex.quote(experiment)} --report comparison.html", soft_wrap=True)
-    console.print(f"look        tsp ui   # then {run_link}", soft_wrap=True)
+    out.print(table)
+    out.print(f"compare     tsp compare {shlex.quote(experiment)} --report comparison.html", soft_wrap=True)
+    out.print(f"look        tsp ui   # then {run_link}", soft_wrap=True)
 
 
 def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: TextIO | None = None) -> None:
     """Dense, bare drop and pruned side by side, in int8 too where asked for, and what to do next."""
-    console = _console(stdout or sys.stdout)
+    out = console(stdout or sys.stdout)
     dropped = result["dropped"]
     kept = result["num_layers"] - len(dropped)
     table = Table(title=f"{result['model']} without layers {', '.join(map(str, dropped)) or 'none'}")
@@ -83,10 +84,10 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
         ]
         size, speed = _cell(sizes.get(state), ".4f"), _cell((plain or speeds).get(state), ",.0f")
         table.add_row(_spoken(state), str(layers), f"{parameters:,}", *ppls, size, speed)
-    console.print(table)
-    console.print("in brackets: times the dense model's perplexity, 95 % bootstrap interval over the windows")
-    _print_curve(console, result)
-    _print_details(console, result)
+    out.print(table)
+    out.print("in brackets: times the dense model's perplexity, 95 % bootstrap interval over the windows")
+    _print_curve(out, result)
+    _print_details(out, result)
     steps = {"checkpoint": result["checkpoint"]} if result["checkpoint"] else {}
     if result["quantized_checkpoint"]:
         steps["in int8"] = result["quantized_checkpoint"]
@@ -101,10 +102,10 @@ def print_result(result: dict[str, Any], run_link: str, store_uri: str, stdout: 
             "promote": f"tsp promote {shlex.quote(name)} {version} --require 'ppl_ratio<=1.10'",
         }
     for step, text in steps.items():
-        console.print(f"{step:<11} {text}", soft_wrap=True)
+        out.print(f"{step:<11} {text}", soft_wrap=True)
 
 
-def _print_curve(console: Console, result: dict[str, Any]) -> None:
+def _print_curve(out: Console, result: dict[str, Any]) -> None:
     """What was measured for each number of layers that a search under a bound tried."""
     rows = result["curve"]
     if not rows:
@@ -121,7 +122,7 @@ def _print_curve(console: Console, result: dict[str, Any]) -> None:
     for row in rows:
         mark = "chosen" if row["num_drop"] == result["num_drop"] else ""
         table.add_row(str(row["num_drop"]), *(_cell(row.get(name), ".4f") for name in names), mark)
-    console.print(table)
+    out.print(table)
 
 
 def _times_dense(result: dict[str, Any], corpus: str, state: str) -> str:
@@ -132,7 +133,7 @@ def _times_dense(result: dict[str, Any], corpus: str, state: str) -> str:
 
 def print_evaluation(result: dict[str, Any], stdout: TextIO) -> None:
     """What `tsp evaluate` found: a line per corpus, then what else was measured."""
-    console = _console(stdout)
+    out = console(stdout)
     compared = result["against"] is not None
     title = f"{result['model']} against {result['against']}" if compared else result["model"]
     table = Table(title=title)
@@ -146,22 +147,22 @@ def print_evaluation(result: dict[str, Any], stdout: TextIO) -> None:
             cells.append(f"{ratio:.3f} ({_between(result['ppl_ratio_interval'][corpus]['model'], '.3f')})")
             cells += _fidelity_cells(result["fidelity"][corpus].get("model"))
         table.add_row(corpus, *cells, f"{row['num_windows']} x {row['block_tokens']}")
-    console.print(table)
-    console.print("in brackets: 95 % bootstrap interval over the windows")
+    out.print(table)
+    out.print("in brackets: 95 % bootstrap interval over the windows")
     states = [state for state in ("dense", "model") if state in result["parameters"]]
-    _print_slices(console, result, states, judged="model")
-    _print_tasks(console, result, states)
+    _print_slices(out, result, states, judged="model")
+    _print_tasks(out, result, states)
     table = Table(title="cost and generation")
     for heading in ("", *states):
         table.add_column(heading, justify="right" if heading else "left")
     for name, by_state, form in _costs(result):
         if any(by_state.get(state) is not None for state in states):
             table.add_row(name, *(_cell(by_state.get(state), form) for state in states))
-    console.print(table)
-    console.print(f"peak memory by rank: {', '.join(f'{gib:.2f} GiB' for gib in result['peak_memory_gib'])}")
+    out.print(table)
+    out.print(f"peak memory by rank: {', '.join(f'{gib:.2f} GiB' for gib in result['peak_memory_gib'])}")
 
 
-def _print_details(console: Console, result: dict[str, Any]) -> None:
+def _print_details(out: Console, result: dict[str, Any]) -> None:
     """Beside the main table of a job: nearness to the dense model, slices, tasks."""
     states = list(result["speed"]["prompt_tokens_per_s"])
     table = Table(title="nearness to the dense model")
@@ -177,12 +178,12 @@ def _print_details(console: Console, result: dict[str, Any]) -> None:
             cells += [_cell(generation[state][name], ".1%") for name in ("repetition", "agreement")]
         table.add_row(_spoken(state), *cells)
     if len(table.columns) > 1:
-        console.print(table)
-    _print_slices(console, result, states, judged="pruned")
-    _print_tasks(console, result, states)
+        out.print(table)
+    _print_slices(out, result, states, judged="pruned")
+    _print_tasks(out, result, states)
 
 
-def _print_slices(console: Console, result: dict[str, Any], states: list[str], judged: str) -> None:
+def _print_slices(out: Console, result: dict[str, Any], states: list[str], judged: str) -> None:
     """The worst on top, where there is something to compare with."""
     rows = [(corpus, name, row) for corpus, found in result["slices"].items() for name, row in found.items()]
     if not rows:
@@ -202,10 +203,10 @@ def _print_slices(console: Console, result: dict[str, Any], states: list[str], j
             found = {"kl": row["kl"][judged], "top1": row["top1"][judged]} if judged in row["kl"] else None
             cells += _fidelity_cells(found)
         table.add_row(corpus, name, *cells)
-    console.print(table)
+    out.print(table)
 
 
-def _print_tasks(console: Console, result: dict[str, Any], states: list[str]) -> None:
+def _print_tasks(out: Console, result: dict[str, Any], states: list[str]) -> None:
     if not result["tasks"]:
         return
     table = Table(title="tasks")
@@ -215,7 +216,7 @@ def _print_tasks(console: Console, result: dict[str, Any], states: list[str]) ->
         for metric in by_state[states[-1]]:
             if "_stderr" not in metric:
                 table.add_row(task, metric, *(_with_error(by_state[state], metric) for state in states))
-    console.print(table)
+    out.print(table)
 
 
 def _with_error(row: dict[str, float], metric: str) -> str:
@@ -242,11 +243,6 @@ def _fidelity_cells(found: dict[str, float] | None) -> list[str]:
     return ["-", "-"] if found is None else [f"{found['kl']:.4f}", f"{found['top1']:.1%}"]
 
 
-def _console(stdout: TextIO) -> Console:
-    # In a file or a pipe rich would break the lines at 80 characters.
-    return Console(file=stdout, highlight=False, width=None if stdout.isatty() else 120)
-
-
 def _spoken(state: str) -> str:
     return state.replace("_", " ")
 
@@ -267,7 +263,7 @@ def print_verification(rows: list[dict[str, Any]], stdout: TextIO) -> None:
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(row["name"], "ok" if row["ok"] else "FAILED", row["found"])
-    Console(file=stdout).print(table)
+    console(stdout).print(table)
 
 
 def print_checks(checks: list[dict[str, Any]], stdout: TextIO) -> None:
@@ -277,4 +273,4 @@ def print_checks(checks: list[dict[str, Any]], stdout: TextIO) -> None:
         table.add_column(heading, overflow="fold")
     for check in checks:
         table.add_row(check["name"], check["found"], "ok" if check["ok"] else check["advice"])
-    Console(file=stdout).print(table)
+    console(stdout).print(table)

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.table import Table
+
+from tsp.console import console
 
 _COLUMNS = {
     "loss": ("loss", ".4f"),
@@ -17,8 +18,7 @@ _COLUMNS = {
 
 def print_look(document: Mapping[str, Any], stdout: TextIO) -> None:
     """Tables, and where it is kept."""
-    # In a file or a pipe rich would break the lines at 80 characters.
-    out = Console(file=stdout, highlight=False, width=None if stdout.isatty() else 120)
+    out = console(stdout)
     measured = document["measured"]
     table = Table(title=f"{document['name']} version {document['version']} against {document['against']}")
     for heading in ("", "tokens", *(heading for heading, _ in _COLUMNS.values())):

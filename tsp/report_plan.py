@@ -3,16 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.table import Table
 
-_FILE_WIDTH = 200
-"""Characters of a line where stdout is no terminal: nothing is cut or folded."""
+from tsp.console import console
 
 
 def print_estimate(document: Mapping[str, Any], stdout: TextIO) -> None:
     """Phases in columns, parts of the memory in rows, then the verdict."""
-    console = Console(file=stdout, highlight=False, width=None if stdout.isatty() else _FILE_WIDTH)
+    out = console(stdout)
     phases = document["phases"]
     device = f"{document['nodes']} x {document['gpus_per_node']} of {document['gpu']['memory_gib']:.1f} GiB"
     table = Table(title=f"{document['model']}, {document['parameters'] / 1e9:,.3g} billion parameters, on {device}")
@@ -26,14 +24,14 @@ def print_estimate(document: Mapping[str, Any], stdout: TextIO) -> None:
     table.add_row("traffic of a pass, GB", *(f"{phase['traffic_gb_per_pass']:,.1f}" for phase in phases))
     table.add_row("tokens/s, all ranks", *(f"{phase['tokens_per_s']:,}" for phase in phases))
     table.add_row("time", *(_time(phase["seconds"]) for phase in phases))
-    console.print(table)
-    console.print(f"time {_time(document['seconds'])}, disk {document['disk_gib']:,.1f} GiB")
+    out.print(table)
+    out.print(f"time {_time(document['seconds'])}, disk {document['disk_gib']:,.1f} GiB")
     if document["fits"]:
-        console.print(f"fits: {document['peak_gib']:,.1f} of {document['gpu']['memory_gib']:.1f} GiB")
+        out.print(f"fits: {document['peak_gib']:,.1f} of {document['gpu']['memory_gib']:.1f} GiB")
         return
     remedy = document["remedy"]
     advice = f"it would with {remedy}" if remedy else "nor with 1024 ranks; take other hardware or ds_configs/*offload*"
-    console.print(f"does not fit: {document['peak_gib']:,.1f} GiB; {advice}", soft_wrap=True)
+    out.print(f"does not fit: {document['peak_gib']:,.1f} GiB; {advice}", soft_wrap=True)
 
 
 def _gib(value: float | None) -> str:

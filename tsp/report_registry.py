@@ -8,33 +8,32 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-_FILE_WIDTH = 200
-"""Characters of a line where stdout is no terminal: nothing is cut or folded."""
+from tsp.console import console
 
 
 def print_decision(document: Mapping[str, Any], stdout: TextIO) -> None:
     """What was required and found, and what became of the alias."""
-    console = _console(stdout)
+    out = console(stdout)
     name, alias, version = document["model"], document["alias"], document["version"]
     if document["unchanged"]:
-        console.print(f"version {version} of {name} is {alias} already; nothing was changed")
+        out.print(f"version {version} of {name} is {alias} already; nothing was changed")
         return
     rows = document["verdicts"]
     if rows:
         now = f"version {document['previous']}" if document["previous"] else "no version"
         title = f"{name}: version {version} as {alias} ({now} has it)"
-        _print_rows(console, title, ("requirement", "measured", "verdict", "note"), [_verdict(row) for row in rows])
+        _print_rows(out, title, ("requirement", "measured", "verdict", "note"), [_verdict(row) for row in rows])
     would = "would be " if document["dry_run"] else ""
     if document["outcome"] == "refused":
-        console.print(f"{would}refused{_run(document)}")
+        out.print(f"{would}refused{_run(document)}")
         return
     before = f", before it version {document['previous']}" if document["previous"] else ""
-    console.print(f"models:/{name}@{alias} {'would be' if would else 'is'} version {version}{before}{_run(document)}")
+    out.print(f"models:/{name}@{alias} {'would be' if would else 'is'} version {version}{before}{_run(document)}")
 
 
 def print_audit(document: Mapping[str, Any], stdout: TextIO) -> None:
     """The history, who has which alias, the files, and what is not as it was decided."""
-    console = _console(stdout)
+    out = console(stdout)
     history = [
         (
             _when(one["time_ms"]),
@@ -48,15 +47,15 @@ def print_audit(document: Mapping[str, Any], stdout: TextIO) -> None:
         for one in document["decisions"]
     ]
     headings = ("when (UTC)", "alias", "version", "kind", "outcome", "who", "why")
-    _print_rows(console, f"decisions about {document['model']}", headings, history)
+    _print_rows(out, f"decisions about {document['model']}", headings, history)
     for alias, version in sorted(document["aliases"].items()):
-        console.print(f"{alias:<20} version {version}")
+        out.print(f"{alias:<20} version {version}")
     for version, found in document["files"].items():
-        console.print(f"files of version {version:<3} {found}")
+        out.print(f"files of version {version:<3} {found}")
     for fault in document["faults"]:
-        console.print(f"fault: {fault}")
+        out.print(f"fault: {fault}")
     if not document["faults"]:
-        console.print("all as it was decided")
+        out.print("all as it was decided")
 
 
 def print_overview(rows: Sequence[Mapping[str, Any]], stdout: TextIO) -> None:
@@ -76,12 +75,12 @@ def print_overview(rows: Sequence[Mapping[str, Any]], stdout: TextIO) -> None:
         for row in rows
     ]
     headings = ("model", "version", "aliases", "made from", "layers gone", "by", "ppl ratio", "worst slice", "speed-up")
-    _print_rows(_console(stdout), "registered models", (*headings, "parameters", "registered (UTC)"), table)
+    _print_rows(console(stdout), "registered models", (*headings, "parameters", "registered (UTC)"), table)
 
 
 def print_version(document: Mapping[str, Any], stdout: TextIO) -> None:
     """What it was made from and how, and all that was measured."""
-    console = _console(stdout)
+    out = console(stdout)
     title, calibration = f"{document['model']} version {document['version']}", document["calibration"]
     facts = [
         ("aliases", ", ".join(document["aliases"]) or "none"),
@@ -96,51 +95,51 @@ def print_version(document: Mapping[str, Any], stdout: TextIO) -> None:
         ("registered (UTC)", _when(document["created_ms"])),
         ("run", document["run_id"] or "none"),
     ]
-    _print_rows(console, title, ("", ""), facts)
+    _print_rows(out, title, ("", ""), facts)
     measured = [(name, _number(value)) for name, value in document["measured"].items()]
-    _print_rows(console, "measured", ("value", ""), measured)
+    _print_rows(out, "measured", ("value", ""), measured)
     if document["link"]:
-        console.print(f"look        tsp ui   # then {document['link']}")
+        out.print(f"look        tsp ui   # then {document['link']}")
 
 
 def print_comparison(document: Mapping[str, Any], stdout: TextIO) -> None:
     """Where two versions differ."""
-    console = _console(stdout)
+    out = console(stdout)
     sides = (document["a"], document["b"])
     for title, rows in (("made otherwise", document["made"]), ("other settings", document["settings"])):
         if rows:
             table = [(row["name"], _text(row["a"]), _text(row["b"])) for row in rows]
-            _print_rows(console, title, ("", *sides), table)
+            _print_rows(out, title, ("", *sides), table)
     measured = [(row["name"], *(_number(row[key]) for key in ("a", "b", "b_to_a"))) for row in document["measured"]]
-    _print_rows(console, "measured", ("value", *sides, "second to first"), measured)
+    _print_rows(out, "measured", ("value", *sides, "second to first"), measured)
 
 
 def print_leftovers(document: Mapping[str, Any], stdout: TextIO) -> None:
     """What goes, how much room that makes, and how it is made to go."""
-    console = _console(stdout)
+    out = console(stdout)
     rows = document["leftovers"]
     if not rows:
-        console.print("nothing is left over")
+        out.print("nothing is left over")
         return
     table = [(row["what"], f"{row['bytes'] / 2**20:,.1f}", row["why"], row["where"]) for row in rows]
-    _print_rows(console, "needed by nothing", ("what", "MiB", "why", "where"), table)
+    _print_rows(out, "needed by nothing", ("what", "MiB", "why", "where"), table)
     total = sum(row["bytes"] for row in rows) / 2**20
     done = "were removed" if document["deleted"] else "would be removed by `tsp gc --delete`"
-    console.print(f"{len(rows)} things with {total:,.1f} MiB {done}")
+    out.print(f"{len(rows)} things with {total:,.1f} MiB {done}")
 
 
 def print_lost_runs(document: Mapping[str, Any], stdout: TextIO) -> None:
     """Runs whose process is gone, and what became of them."""
-    console = _console(stdout)
+    out = console(stdout)
     for entry in document["delivered"]:
-        console.print(f"run {entry['run_id']}: {entry['delivered']} records delivered, {entry['left']} left")
+        out.print(f"run {entry['run_id']}: {entry['delivered']} records delivered, {entry['left']} left")
     rows = document["lost"]
     if not rows:
-        console.print("no run is lost")
+        out.print("no run is lost")
         return
     table = [(row["experiment"], row["name"], row["run_id"], f"{row['silent_h']:,.1f}") for row in rows]
-    _print_rows(console, "silent for too long", ("experiment", "name", "run", "hours"), table)
-    console.print(f"{len(rows)} runs {'are KILLED now' if document['closed'] else 'would be closed without --dry-run'}")
+    _print_rows(out, "silent for too long", ("experiment", "name", "run", "hours"), table)
+    out.print(f"{len(rows)} runs {'are KILLED now' if document['closed'] else 'would be closed without --dry-run'}")
 
 
 def _about(text: Mapping[str, Any] | None, counted: str) -> str:
@@ -171,15 +170,11 @@ def _when(time_ms: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(time_ms / 1000))
 
 
-def _print_rows(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_rows(out: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     # A title that is longer than its table would be folded.
     table = Table(title=title, min_width=len(title))
     for heading in headings:
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console.print(table)
-
-
-def _console(stdout: TextIO) -> Console:
-    return Console(file=stdout, highlight=False, markup=False, width=None if stdout.isatty() else _FILE_WIDTH)
+    out.print(table)

@@ -5,17 +5,16 @@ import shlex
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
 from rich.table import Table
 
+from tsp.console import console
+
 _SHOWN = 10
-_FILE_WIDTH = 200
-"""Characters of a line where stdout is no terminal: nothing is cut or folded."""
 
 
 def print_search(document: dict[str, Any], run_link: str, stdout: TextIO) -> None:
     """The best trials, what the losses are to be held against, and the next command."""
-    console = Console(file=stdout, highlight=False, width=None if stdout.isatty() else _FILE_WIDTH)
+    out = console(stdout)
     trials = document["trials"]
     complete = sorted((trial for trial in trials if trial["loss"] is not None), key=lambda trial: trial["loss"])
     counted = [f"{len(complete)} complete"]
@@ -33,19 +32,19 @@ def print_search(document: dict[str, Any], run_link: str, stdout: TextIO) -> Non
         name = f"preset {trial['number']}" if trial["preset"] else str(trial["number"])
         found = (f"{trial['loss']:.4f}", f"{math.exp(trial['loss']):.2f}", f"{trial['seconds']:.0f}")
         table.add_row(name, *(_cell(settings.get(key)) for key in keys), *found)
-    console.print(table)
+    out.print(table)
     named = {"dense": "dense", "bare_drop": "without the layers", "preset": "preset", "best": "best"}
     losses = document["loss"]
     shown = [f"{word} {losses[key]:.4f}" for key, word in named.items() if losses.get(key) is not None]
-    console.print(f"loss on {document['tuning_blocks']} blocks of tuning text: {', '.join(shown)}", soft_wrap=True)
+    out.print(f"loss on {document['tuning_blocks']} blocks of tuning text: {', '.join(shown)}", soft_wrap=True)
     for trial in trials:
         if trial["state"] in ("failed", "pruned"):
-            console.print(f"trial {trial['number']} {trial['state']}: {trial['reason']}", soft_wrap=True)
+            out.print(f"trial {trial['number']} {trial['state']}: {trial['reason']}", soft_wrap=True)
     path = Path(document["config"])
     shown_path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    console.print(f"prune       tsp prune --config {shlex.quote(str(shown_path))}", soft_wrap=True)
-    console.print("go on       the same command again", soft_wrap=True)
-    console.print(f"look        tsp ui   # then {run_link}", soft_wrap=True)
+    out.print(f"prune       tsp prune --config {shlex.quote(str(shown_path))}", soft_wrap=True)
+    out.print("go on       the same command again", soft_wrap=True)
+    out.print(f"look        tsp ui   # then {run_link}", soft_wrap=True)
 
 
 def _cell(value: Any) -> str:

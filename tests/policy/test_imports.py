@@ -126,6 +126,7 @@ FLOORS = {
         "tsp.cli_runs",
         "tsp.cli_server",
         "tsp.cli_tune",
+        "tsp.console",
         "tsp.doctor",
         "tsp.exits",
         "tsp.launch",
@@ -175,6 +176,7 @@ LIBRARIES = {
     "pyarrow": ("tsp.documents",),
     "pydantic": ("tsp.config", "tsp.settings"),
     "rich": (
+        "tsp.console",
         "tsp.report",
         "tsp.report_compare",
         "tsp.report_monitor",
