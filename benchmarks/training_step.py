@@ -71,9 +71,12 @@ def bare_stage1(model: nn.Module) -> Step:
 
 
 def bare_stage2(model: nn.Module, trainable: str) -> Step:
-    """Drop, then AdamW on a tenth of the cross-entropy and the distance to a dense copy."""
+    """Drop, then AdamW on a tenth of the cross-entropy and the distances to a dense copy: of outputs, hidden states."""
     teacher = copy.deepcopy(model).eval()
-    model.model.layers = nn.ModuleList(layer for i, layer in enumerate(model.model.layers) if i not in DOOMED)
+    kept = [index for index in range(len(model.model.layers)) if index not in DOOMED]
+    model.model.layers = nn.ModuleList(model.model.layers[index] for index in kept)
+    places = [*kept, len(teacher.model.layers)]
+    ours, dense = inputs_noted(model), inputs_noted(teacher)
     if trainable == "full":
         model.requires_grad_(True)
     else:
@@ -86,17 +89,32 @@ def bare_stage2(model: nn.Module, trainable: str) -> Step:
     optimizer = torch.optim.AdamW(learning, lr=1e-4, weight_decay=0.0)
 
     def step(tokens_BT: Tensor) -> None:
+        ours.clear()
+        dense.clear()
         with torch.no_grad():
             dense_NV = F.log_softmax(teacher(tokens_BT, use_cache=False).logits.flatten(0, 1), dim=-1)
         logits_BTV = model(tokens_BT, use_cache=False).logits
         pruned_NV = F.log_softmax(logits_BTV.flatten(0, 1), dim=-1)
         distance = F.kl_div(pruned_NV, dense_NV, log_target=True, reduction="batchmean")
-        (0.1 * cross_entropy(logits_BTV, tokens_BT) + distance).backward()
+        gaps = [relative_distance(h, dense[place]) for h, place in zip(ours[1:], places[1:], strict=True)]
+        (0.1 * cross_entropy(logits_BTV, tokens_BT) + distance + 3 * torch.stack(gaps).mean()).backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def inputs_noted(model: nn.Module) -> list[Tensor]:
+    """What each pass gives the layers and the final norm will be put into it."""
+    found: list[Tensor] = []
+    for place in (*model.model.layers, model.model.norm):
+        place.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    return found
+
+
+def relative_distance(hidden_BTD: Tensor, dense_BTD: Tensor) -> Tensor:
+    return ((hidden_BTD - dense_BTD).square().sum(dim=-1) / dense_BTD.square().sum(dim=-1)).mean()
 
 
 def cross_entropy(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
