@@ -38,7 +38,6 @@ from tsp.skeleton import build_skeleton, one_text_a_row
 from tsp.source import open_config
 from tsp.surgery import mended_config
 
-_COLLECTED = 20
 _SHORT, _LONG = 4, 8
 """Layers of the stacks from which a longer one is extrapolated: all that a pass costs is linear in them."""
 
@@ -129,7 +128,7 @@ class Shape:
     def _run(self, one: Pass, dtype: torch.dtype) -> Cost:
         # torch 2.13 leaves reference cycles behind where a checkpoint is computed again on fake tensors, not on real
         # ones: what hangs on them would be counted as held.
-        live, flops = LiveBytes(collect_every=_COLLECTED if one.checkpointing else None), operations()
+        live, flops = LiveBytes(collect=one.checkpointing), operations()
         with FakeTensorMode(), cheap_collections(), one_text_a_row():
             model = build_skeleton(self.config, trust=self.trust, dtype=dtype).eval().requires_grad_(False)
             decoder, tokens_BT = find_decoder(model), torch.zeros(one.batch, one.block_tokens, dtype=torch.long)

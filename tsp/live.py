@@ -24,15 +24,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are made while it is entered, and that somebody still holds."""
 
-    def __init__(self, collect_every: int | None = None) -> None:
+    def __init__(self, *, collect: bool = False) -> None:
         """Count from 0.
 
         Args:
-            collect_every: tensors, before whose count garbage is collected.
+            collect: garbage, before each tensor is counted; slow, see `cheap_collections`.
         """
         super().__init__()
         self.now = self.peak = 0
-        self._collect_every, self._num_made = collect_every, 0
+        self._collect = collect
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,8 +46,7 @@ class LiveBytes(TorchDispatchMode):
         return made
 
     def _count(self, storage: Any) -> None:
-        self._num_made += 1
-        if self._collect_every and self._num_made % self._collect_every == 0:
+        if self._collect:
             gc.collect()
         size = storage.nbytes()
         self._known[storage] = size
