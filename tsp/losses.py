@@ -1,4 +1,4 @@
-"""What is trained for: cross-entropy, the distance to the dense model, and both together, a few positions at a time.
+"""What is trained for: cross-entropy and the distance to the dense model, a few positions at a time; hidden states.
 
     task_loss(logits, tokens, weights, teacher=dense).total.backward()
 

@@ -158,7 +158,8 @@ class Stage2Config(Section):
     """Of the distillation."""
     hidden: float = Field(3.0, ge=0)
     """Weight of the squared distance of what each kept layer, and the final norm, is given to what the dense model
-    gives it, over the square of the latter: mean over tokens and places."""
+    gives it, over the square of the latter: mean over tokens and places. Without it and `task.distill` the dense model
+    is not needed beside the one that learns."""
     lambda2: float = Field(0.0, ge=0)
     """Weight of the gap penalty."""
     lambda2_unit: Literal["loss", "one"] = "loss"

@@ -25,8 +25,7 @@ def trained(transfer, **settings):
 @pytest.mark.parametrize(("transfer", "task"), [("finetune", {"lm": 1.0}), ("distill", {"distill": 1.0})])
 def test_a_control_is_stage_2_with_closed_gates_and_no_penalty_whatever_the_preset_says(transfer, task):
     other = {"stage2__lambda2": 0.7, "stage2__gates": "anneal", "stage2__task": {"lm": 0.3, "distill": 0.3}}
-    other["stage2__hidden"] = 3.0
-    control = trained(transfer, **other)
+    control = trained(transfer, **other, stage2__hidden=3.0)
     same = trained("stage2", stage2__gates="off", stage2__hidden=0.0, stage2__task={"lm": 0.0, "distill": 0.0} | task)
     assert control.config.stage2.lambda2 == 0.7, "the bench is left as it was"
     for name, weight in control.decoder.model.state_dict().items():

@@ -15,15 +15,15 @@ from tsp.live import LiveBytes, cheap_collections, operations
 from tsp.settings import Stage2Config
 
 B, T = 4, 16
-FULL = Stage2Config(trainable="full")
-HIDDEN = Stage2Config(trainable="full", hidden=10.0)
+OUTPUTS = Stage2Config(trainable="full", hidden=0.0)
+HIDDEN = Stage2Config(trainable="full", hidden=3.0)
 PASSES = {
     "evaluation": Pass(batch=B, block_tokens=T),
     "stage 1": Pass(batch=B, block_tokens=T, learns="gates"),
     "adapters": Pass(batch=B, block_tokens=T, learns="transfer", num_doomed=2),
-    "all weights": Pass(batch=B, block_tokens=T, learns="transfer", stage2=FULL, num_doomed=2),
+    "all weights": Pass(batch=B, block_tokens=T, learns="transfer", stage2=OUTPUTS, num_doomed=2),
     "hidden states": Pass(batch=B, block_tokens=T, learns="transfer", stage2=HIDDEN, num_doomed=2),
-    "checkpointing": Pass(batch=B, block_tokens=T, learns="transfer", stage2=FULL, num_doomed=2, checkpointing=True),
+    "checkpointing": Pass(batch=B, block_tokens=T, learns="transfer", stage2=HIDDEN, num_doomed=2, checkpointing=True),
     "gates held": Pass(batch=B, block_tokens=T, learns="transfer", stage2=Stage2Config(gates="hold"), num_doomed=2),
 }
 

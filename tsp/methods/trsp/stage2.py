@@ -1,7 +1,7 @@
 """Stage 2: regularise the gap of the doomed layers, so that the others take over what they know; then they can go.
 
-L2 = task + lambda2 * sum_{i in doomed} ||gap_i|| (paper, section 3.2), with task = lm * cross-entropy + distill *
-KL(dense || pruned) + hidden * relative distance to the dense model's hidden states. Gates of the doomed layers `hold`
+L2 = task + hidden * relative distance to the dense model's hidden states + lambda2 * sum_{i in doomed} ||gap_i||
+(paper, section 3.2), with task = lm * cross-entropy + distill * KL(dense || pruned). Gates of the doomed layers `hold`
 at 1 (paper), `anneal` to 0, or are `off` from the first step; the others' gates are 1 throughout.
 """
 
