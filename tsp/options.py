@@ -195,6 +195,9 @@ def _given(options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ]
     if options["drop"] is not None:
         given.append(nest("prune.drop", layer_indices("--drop", options["drop"])))
+    if any(options[name] is not None for name in _AMOUNTS):
+        # Another amount in the file would win over this one; without any, the ratio counts.
+        given.append({"prune": {name: None for name in _AMOUNTS[1:] if options[name] is None}})
     if options["register"] or options["no_register"]:
         given.append(nest("tracking.register_model", not options["no_register"]))
     return given + [parse_override(text) for text in options["overrides"]]

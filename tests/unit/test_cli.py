@@ -319,6 +319,19 @@ def test_options_win_over_the_file_and_set_wins_over_options(tmp_path):
     assert (config.prune.ratio, config.seed, config.stage1.steps) == (0.5, 9, 11)
 
 
+@pytest.mark.parametrize(
+    "amount", ["num_drop: 3", "drop: [1, 2]", "max_ppl_ratio: 1.2", "min_speedup: 1.5", "ratio: 0.1"]
+)
+def test_an_amount_wins_over_another_one_of_the_file(tmp_path, amount):
+    (tmp_path / "job.yaml").write_text(f"prune: {{{amount}}}\n")
+    of_the_file, wanted = (
+        config_from_options(options_of("--ratio", "0.5", *words)).prune for words in (["--config", "job.yaml"], [])
+    )
+    assert of_the_file == wanted
+    several = config_from_options(options_of("--config", "job.yaml", "--num-drop", "2")).prune
+    assert (several.num_drop, several.drop, several.max_ppl_ratio) == (2, None, None)
+
+
 def test_preset_gives_way_to_what_is_asked_for():
     paper = config_from_options(options_of("--method", "trsp"))
     assert (paper.stage1.placement, paper.stage2.gates) == ("output", "hold")

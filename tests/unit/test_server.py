@@ -1,41 +1,34 @@
 """`tsp server`: real servers with users, on sqlite and on PostgreSQL, with real clients and two users who race."""
 
 import os
-import pwd
-import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 
 import psutil
 import pytest
 
 from tests.models import free_port, model_folder, tiny_model
-from tsp.errors import ConfigError, TrackingError
+from tests.postgres import DATABASE_PASSWORD, Postgres, postgres_program
+from tsp.errors import TrackingError
 from tsp.tracking import run as run_module
 from tsp.tracking.promotion import decisions, holder
 from tsp.tracking.registry import checkpoint_path, register_checkpoint
 from tsp.tracking.run import start_run
-from tsp.tracking.server import host_patterns, own_names, serve, store_uri
+from tsp.tracking.server import serve
 from tsp.tracking.spool import sync
-from tsp.tracking.store import open_store, shown, spool_folder
+from tsp.tracking.store import open_store, spool_folder
 from tsp.tracking.ui import links, store_condition
-from tsp.tracking.users import Admin, admin_of, warn_of_another_password
-from tsp.tracking.web import is_loopback, url_of
+from tsp.tracking.users import Admin, warn_of_another_password
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-START_S = 120
-DATABASE_PASSWORD = "s3cret@/%of the database"
 USERS = {"alice": "alice's password", "bob": "bob's password"}
 
 RACER = """
@@ -60,74 +53,6 @@ for _ in range(3):
         with log.open("a") as file:
             file.write("out\\n")
 """
-
-
-def postgres_program(name: str) -> str | None:
-    """Where it is; Debian keeps it off PATH."""
-    kept = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
-    return shutil.which(name) or (str(kept[-1]) if kept else None)
-
-
-class Postgres:
-    """A PostgreSQL of its own, which asks for a password."""
-
-    def __init__(self) -> None:
-        # It does not run as root, and a folder of pytest's is closed to others.
-        self.folder = Path(tempfile.mkdtemp(prefix="tsp-postgres-"))
-        nobody = pwd.getpwnam("nobody")
-        self._as = {}
-        if os.geteuid() == 0:
-            self._as = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-            os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
-        self.port = free_port()
-        password = self.folder / "password"
-        password.write_text(DATABASE_PASSWORD)
-        password.chmod(0o644)
-        data = str(self.folder / "data")
-        options = ["-D", data, "-U", "tsp", "--auth=scram-sha-256", f"--pwfile={password}", "--no-sync"]
-        self._run("initdb", *options, "--encoding=UTF8", "--locale=C").check_returncode()
-        settings = ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off"]
-        words = [word for setting in settings for word in ("-c", setting)]
-        self.process = subprocess.Popen(
-            [postgres_program("postgres"), "-D", data, "-p", str(self.port), *words],
-            cwd=self.folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            **self._as,
-        )
-        deadline = time.monotonic() + START_S
-        while not self._answers():
-            assert time.monotonic() < deadline
-            assert self.process.poll() is None
-            time.sleep(0.1)
-
-    def uri(self, database: str) -> str:
-        return f"postgresql://tsp:{urllib.parse.quote(DATABASE_PASSWORD, safe='')}@127.0.0.1:{self.port}/{database}"
-
-    def execute(self, statement: str, database: str = "postgres") -> None:
-        import psycopg2
-
-        connection = psycopg2.connect(self.uri(database), connect_timeout=2)
-        connection.autocommit = True
-        connection.cursor().execute(statement)
-        connection.close()
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(timeout=60)
-        shutil.rmtree(self.folder)
-
-    def _answers(self) -> bool:
-        import psycopg2
-
-        try:
-            self.execute("select 1")
-            return True
-        except psycopg2.OperationalError:
-            return False
-
-    def _run(self, program: str, *words: str) -> "subprocess.CompletedProcess[bytes]":
-        return subprocess.run([postgres_program(program), *words], cwd=self.folder, capture_output=True, **self._as)
 
 
 class Server:
@@ -410,130 +335,3 @@ def test_a_database_that_does_not_let_us_in_is_named_at_once(postgres, tmp_path,
             serve(tmp_path, port=free_port())
         assert "of%20the" not in str(refused.value)
     assert time.monotonic() - start < 10
-
-
-def test_stores(tmp_path, monkeypatch):
-    assert store_uri(None, tmp_path) == f"sqlite:///{tmp_path}/mlruns/server/mlflow.db"
-    assert store_uri("sqlite:///x.db", tmp_path) == f"sqlite:///{tmp_path}/x.db"
-    assert store_uri("postgresql://me@host/db", tmp_path) == "postgresql+psycopg2://me@host/db"
-    assert store_uri("postgresql+psycopg://me@host/db", tmp_path) == "postgresql+psycopg://me@host/db"
-    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://me:secret@host/db?sslmode=require")
-    assert store_uri(None, tmp_path) == "postgresql+psycopg2://me:secret@host/db?sslmode=require"
-    assert store_uri("sqlite:////x.db", tmp_path) == "sqlite:////x.db"
-
-
-@pytest.mark.parametrize(
-    ("store", "message"),
-    [
-        ("postgresql://me:secret@host/db", "--store must not hold a password.*MLFLOW_BACKEND_STORE_URI"),
-        ("postgresql://host/db?user=me&password=secret", "--store must not hold a password"),
-        ("postgresql://me:secret@host:port/db", r"--store must be .*, got postgresql:\.\.\."),
-        ("mysql://me:secret@host/db", r"--store must be .*, got mysql:\.\.\."),
-        ("./mlruns", r"--store must be sqlite:///FILE\.db or postgresql://"),
-        ("http://me:secret@host:5000", "--store must be"),
-    ],
-)
-def test_stores_that_are_refused(tmp_path, store, message):
-    with pytest.raises(ConfigError, match=message) as refused:
-        store_uri(store, tmp_path)
-    assert "secret" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("uri", "printed"),
-    [
-        ("http://me:se@cret@host:5000/", "http://host:5000/"),
-        ("postgresql://me:secret@host/db?password=secret", "postgresql://host/db"),
-        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
-        ("databricks", "databricks"),
-    ],
-)
-def test_no_password_is_printed(uri, printed):
-    assert shown(uri) == printed
-
-
-@pytest.mark.parametrize(
-    ("names", "header", "allowed"),
-    [
-        (["node0"], "node0", True),
-        (["node0"], "node0:5000", True),
-        (["node0"], "node0.attacker.example", False),
-        (["node0:5000"], "node0:5001", False),
-        (["10.0.0.1"], "10.0.0.1:5000", True),
-        (["10.0.0.1"], "10.0.0.11", False),
-        (["::1"], "[::1]:5000", True),
-        (["::1"], "[::1]", True),
-        (["*.here.example"], "node0.here.example", True),
-    ],
-)
-def test_hosts_are_what_mlflow_takes_them_for(names, header, allowed):
-    from mlflow.server.security_utils import is_allowed_host_header
-
-    assert is_allowed_host_header(host_patterns(names), header) is allowed
-
-
-def test_own_names():
-    assert own_names("127.0.0.1") == own_names("localhost") == []
-    names = own_names("0.0.0.0")
-    assert socket.gethostname() in names
-    assert not any(is_loopback(name) for name in names)
-
-
-@pytest.mark.parametrize(
-    ("host", "loopback", "url"),
-    [
-        ("127.0.0.1", True, "http://127.0.0.1:1"),
-        ("127.0.0.9", True, "http://127.0.0.9:1"),
-        ("::1", True, "http://[::1]:1"),
-        ("localhost", True, "http://localhost:1"),
-        ("0.0.0.0", False, "http://127.0.0.1:1"),
-        ("::", False, "http://[::1]:1"),
-        ("10.0.0.1", False, "http://10.0.0.1:1"),
-        ("node0", False, "http://node0:1"),
-    ],
-)
-def test_addresses(host, loopback, url):
-    assert (is_loopback(host), url_of(host, 1)) == (loopback, url)
-
-
-def test_an_address_of_another_machine_is_refused(tmp_path):
-    with pytest.raises(TrackingError, match=r"port \d+ cannot be used on 192\.0\.2\.1"):
-        serve(tmp_path, host="192.0.2.1", port=free_port(), auth=False)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_users_need_a_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "flask_wtf", None)
-    with pytest.raises(ConfigError, match=r"pip install 'tsp\[server\]', or do without them: --no-auth"):
-        serve(tmp_path, host="0.0.0.0", port=free_port())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_admins_password(tmp_path):
-    made = admin_of(None, tmp_path)
-    assert made.password not in repr(made)
-    assert admin_of(None, tmp_path) == made
-    given = tmp_path / "given"
-    given.write_text("eleven char\n")
-    with pytest.raises(ConfigError, match="at least 12 characters, got 11 in"):
-        admin_of(given, tmp_path)
-    with pytest.raises(ConfigError, match="cannot be read from"):
-        admin_of(tmp_path / "none", tmp_path)
-    given.write_text("twelve chars\n")
-    assert admin_of(given, tmp_path).password == "twelve chars"
-
-
-def test_a_server_that_forbids_is_told_from_one_that_is_away(tmp_path):
-    class Forbids(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.send_response(403)
-            self.end_headers()
-
-        def log_message(self, *words):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Forbids) as site:
-        Thread(target=site.serve_forever, daemon=True).start()
-        with pytest.raises(TrackingError, match=r"does not let user None in \(403\); ask who runs it"):
-            open_store(f"http://127.0.0.1:{site.server_address[1]}", tmp_path)
-        site.shutdown()
