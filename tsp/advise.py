@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tsp.compare.groups import Comparison, Group
-from tsp.compare.rows import Row, make_rows
+from tsp.compare.rows import Row, all_but_the_amount, make_rows
 from tsp.compare.verdict import TWO_STAGE
 from tsp.tracking.results import FinishedJob
 
@@ -154,11 +154,13 @@ def _more_text(group: Group, rows: Sequence[Row]) -> Advice:
 
 
 def _by_combination(group: Group) -> Iterator[list[Row]]:
-    pruned = [job for job in group.jobs if job.result["num_drop"]]
-    together: dict[tuple[Any, ...], list[Row]] = {}
-    for row in make_rows(pruned, ("method", "transfer", "sequences")):
-        together.setdefault((row.keys["method"], row.keys["transfer"], row.num_drop), []).append(row)
-    yield from together.values()
+    """Rows that differ in the amount of calibration text, and in no setting or budget beside it."""
+    together: dict[str, list[FinishedJob]] = {}
+    for job in group.jobs:
+        if job.result["num_drop"]:
+            together.setdefault(str(all_but_the_amount(job)), []).append(job)
+    for jobs in together.values():
+        yield make_rows(jobs, ("method", "transfer", "sequences"))
 
 
 def _next_steps(group: Group, rows: Sequence[Row], best: dict[int, Row]) -> Iterator[str]:

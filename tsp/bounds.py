@@ -21,7 +21,7 @@ from tsp.evaluation.speed import median_pass_s, prompt_of
 from tsp.job import Job
 from tsp.machine import Weights, copied_weights
 from tsp.methods import transfer_check, transfer_verb
-from tsp.methods.base import Bench, Tracker
+from tsp.methods.base import Bench, Tracker, Transfer
 from tsp.records import Scores, Selection
 from tsp.selection import spread
 from tsp.shared import Shared, Stopwatch
@@ -38,7 +38,7 @@ class Trial:
     bench: Bench
     selected: tuple[Scores, Selection]
     weights: Weights | None
-    """After the transfer; None: there was none yet, or there is nothing to be moved."""
+    """After the transfer; None: this launch has not made it, or there is nothing to be moved."""
 
 
 def most_within(bound: float, ratio_of: Callable[[int], float], first: int, last: int) -> int:
@@ -158,7 +158,11 @@ class Search:
         def ratio_of(num_drop: int) -> float:
             nonlocal best
             trial, ratio = self._tried(num_drop, dense_loss, bound)
-            best = trial or best
+            if ratio <= bound:
+                best, trial = trial, best
+            if trial is not None:
+                # It is not the outcome; with all weights trained its states are large.
+                trial.bench.states.forget("stage2", {"doomed": sorted(trial.selected[1].doomed)})
             return ratio
 
         first = min(number_by_ratio(prune, self.job.source.num_layers), self._last)
@@ -175,8 +179,9 @@ class Search:
         )
 
     def _tried(self, num_drop: int, dense_loss: float, bound: float) -> tuple[Trial | None, float]:
-        """One number of layers as a job of its own; the trial where it keeps to the bound, and the ratio."""
+        """One number of layers as a job of its own; no trial where that is refused, and the ratio."""
         bench, transfer = self.new_bench(NullTracker()), transfer_verb(self.job.config.transfer)
+        weights: Weights | None = None
         # An order of the layers serves for smaller numbers, too, where the method allows it.
         self.job = job = self.job.dropping(num_drop)
         model, engine = bench.decoder.model, bench.engine
@@ -187,6 +192,17 @@ class Search:
             # Also where the weights grew beyond all numbers and the loss is none.
             return engine.from_first(math.exp(nats) if nats < 100 else math.inf)
 
+        def ratio_after(move: Transfer, doomed: tuple[int, ...]) -> float:
+            nonlocal weights
+            with engine.restored(model):
+                with self.watch("transfer"):
+                    move(bench, doomed, save_dtype=job.source.dtype)
+                with engine.mounted(model) as bench.model:
+                    ratio = ratio_without(doomed)
+                bench.model = None
+                weights = copied_weights(model) if ratio <= bound else None
+            return ratio
+
         try:
             with engine.mounted(model) as bench.model:
                 selected = choose(bench, job, self.shared, self.watch)
@@ -195,17 +211,12 @@ class Search:
             log.info("%d of %d layers cannot go: %s", num_drop, job.source.num_layers, error)
             self._curve[num_drop], self._refusal = {}, error
             return None, math.inf
-        bench.model, weights = None, None
+        bench.model, doomed = None, selected[1].doomed
         if transfer is not None:
-            with engine.restored(model):
-                with self.watch("transfer"):
-                    transfer(bench, selected[1].doomed, save_dtype=job.source.dtype)
-                with engine.mounted(model) as bench.model:
-                    ratio = ratio_without(selected[1].doomed)
-                bench.model = None
-                weights = copied_weights(model) if ratio <= bound else None
+            # A job that goes on knows it, and moves nothing for numbers that are not the outcome.
+            [ratio] = bench.journal.once({"moved": sorted(doomed)}, lambda: [ratio_after(transfer, doomed)])
         self._tell(num_drop, ppl_ratio_bare=bare, ppl_ratio=ratio)
-        return (Trial(job=job, bench=bench, selected=selected, weights=weights) if ratio <= bound else None), ratio
+        return Trial(job=job, bench=bench, selected=selected, weights=weights), ratio
 
     def _loss(self, bench: Bench, bypassed: Collection[int]) -> float:
         assert self.job.tuning is not None, "checked before the job"

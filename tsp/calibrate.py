@@ -22,7 +22,7 @@ from tsp.methods import transfer_verb
 from tsp.methods.base import Bench
 from tsp.methods.trsp import stage1
 from tsp.selection import spread
-from tsp.settings import Gpu
+from tsp.settings import Gpu, PruneSection
 from tsp.sharding import resolve
 from tsp.skeleton import random_model
 from tsp.tracking.null import NullTracker
@@ -56,13 +56,7 @@ def measured_device(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]
     device = _device()
     kept = spread(range(shape.num_layers), min(_LAYERS[device.type], shape.num_layers))
     small = shape.with_layers(kept)
-    probe = config.model_copy(
-        update={
-            "prune": config.prune.model_copy(update={"num_drop": 1, "drop": None}),
-            "stage1": config.stage1.model_copy(update={"schedule": "budget", "steps": _STEPS}),
-            "stage2": config.stage2.model_copy(update={"steps": _STEPS, "lr": 1e-4}),
-        }
-    )
+    probe = probe_of(config)
     bench = random_bench(small, probe, sharding)
     reserved_gib = _reserved_gib(bench)
     alone = Fleet(nodes=1, gpus=1, gpu=_UNKNOWN)
@@ -78,6 +72,18 @@ def measured_device(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]
         network_gb_s=_LINKS_GB_S,
         reserved_gib=reserved_gib,
         slack=max(1.0, *(phases[name].slack(peak - beside_gib) for name, peak in peaks.items())),
+    )
+
+
+def probe_of(config: JobConfig) -> JobConfig:
+    """The job as the probe runs it: whatever its method, a few steps of gates that are learned, and of its transfer."""
+    return config.model_copy(
+        update={
+            # Also without the job's bounds: a few layers may be too few for them.
+            "prune": PruneSection(method="tsp", num_drop=1),
+            "stage1": config.stage1.model_copy(update={"schedule": "budget", "steps": _STEPS}),
+            "stage2": config.stage2.model_copy(update={"steps": _STEPS, "lr": 1e-4}),
+        }
     )
 
 

@@ -19,6 +19,7 @@ from tsp.footprint import Pass, Shape
 from tsp.methods import TRANSFERS, is_learned
 from tsp.selection import rungs
 from tsp.settings import Gpu
+from tsp.sharding import offloads
 from tsp.space import with_settings
 
 GIB = 2**30
@@ -131,21 +132,21 @@ class Estimate:
         return 2 * self.shape.num_parameters / GIB + 2 * self.checkpoint_gib + states
 
     def changes(self) -> "Iterator[tuple[str, Estimate]]":
-        """What could be done about a lack of memory, the cheapest first, each with what was tried before it."""
+        """Against a lack of memory, the cheapest first, each with those before it; batches stay whole on every rank."""
         settings: dict[str, Any] = {}
-        accumulation = self.config.train.accumulation
-        while self.config.train.batch_size // (self.fleet.ranks * accumulation) > 1:
-            accumulation *= 2
-            settings["train.accumulation"] = accumulation
-            yield self._changed(settings, self.fleet)
+        train, fleet = self.config.train, self.fleet
+        share = train.batch_size // fleet.ranks
+        for accumulation in range(train.accumulation + 1, share + 1):
+            if share % accumulation == 0:
+                settings["train.accumulation"] = accumulation
+                yield self._changed(settings, fleet)
         for key, value in (("eval.batch_size", 1), ("train.activation_checkpointing", True)):
             settings[key] = value
-            yield self._changed(settings, self.fleet)
-        fleet = self.fleet
+            yield self._changed(settings, fleet)
         while fleet.ranks < _MOST_RANKS:
             fleet = replace(fleet, gpus=2 * fleet.gpus) if fleet.gpus < 8 else replace(fleet, nodes=2 * fleet.nodes)
-            batch = max(self.config.train.batch_size, fleet.ranks)
-            settings |= {"train.batch_size": batch, "train.accumulation": batch // fleet.ranks}
+            share = math.ceil(train.batch_size / fleet.ranks)
+            settings |= {"train.batch_size": share * fleet.ranks, "train.accumulation": share}
             yield self._changed(settings, fleet)
 
     def remedy(self) -> str | None:
@@ -175,7 +176,7 @@ class Estimate:
             return {"weights": copies * parameters * size / GIB}
         live = self._zero.get("stage3_max_live_parameters", _MAX_LIVE_PARAMETERS)
         gathered = max(self.shape.largest_module, min(parameters, live))
-        held = 0.0 if "offload_param" in self._zero else copies * parameters * size / self.fleet.ranks / GIB
+        held = 0.0 if offloads(self._zero, "param") else copies * parameters * size / self.fleet.ranks / GIB
         return {"weights": held, "gathered": copies * gathered * size / GIB}
 
     def _phase(self, name: str, parts: Mapping[str, float], one: Pass, *, tokens: float, gathers: int) -> Phase:
@@ -243,7 +244,7 @@ class Estimate:
         one = replace(self._learning("transfer"), stage2=config, num_doomed=self._num_drop)
         copy = config.trainable == "full" and config.has_teacher
         owners = self.fleet.ranks if self._zero["stage"] >= 1 else 1
-        optimizer = 0.0 if "offload_optimizer" in self._zero else _ADAM_BYTES * self._trained() / owners / GIB
+        optimizer = 0.0 if offloads(self._zero, "optimizer") else _ADAM_BYTES * self._trained() / owners / GIB
         parts = {**self._weights(copies=1 + copy), "optimizer": optimizer}
         tokens = config.steps * self.config.train.batch_size * one.block_tokens
         return [self._phase("transfer", parts, one, tokens=tokens, gathers=3 if config.has_teacher else 2)]

@@ -1,9 +1,9 @@
 """Choose the doomed layers: score by the method, cut the order, verify by the calibration loss, swap if asked for."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tsp import selection
 from tsp.data import evenly_spread
@@ -14,6 +14,8 @@ from tsp.methods.leave_out import losses_without
 from tsp.records import Scores, Selection
 from tsp.shared import Shared, Stopwatch
 from tsp.source import check_drop
+
+Value = TypeVar("Value")
 
 log = logging.getLogger("tsp")
 
@@ -41,7 +43,9 @@ class _Trace:
     scores: Scores
     logged: list[tuple[int, dict[str, float]]]
     gate_history: list[tuple[int, str, list[float]]]
+    global_step: int
     trained_tokens: int
+    left_out: int
 
 
 def choose(bench: Bench, job: Job, shared: Shared, watch: Stopwatch) -> tuple[Scores, Selection]:
@@ -79,17 +83,37 @@ def _score(bench: Bench, job: Job, shared: Shared, watch: Stopwatch) -> Scores:
         nonlocal made_here
         made_here = True
         scores = score_verb(job.config.prune.method)(bench, num_drop)
-        return _Trace(scores, list(bench.logged), list(bench.gate_history), bench.trained_tokens)
+        logged, history = list(bench.logged), list(bench.gate_history)
+        return _Trace(scores, logged, history, bench.global_step, bench.trained_tokens, bench.left_out)
 
-    trace = shared.once(("order", num_drop, *order_key(job)), watch, "select", make)
+    trace = _once(bench, shared, watch, ("order", num_drop, *order_key(job)), make)
     if not made_here:
         for step, values in trace.logged:
             bench.tracker.metrics(values, step)
         bench.logged = list(trace.logged)
         bench.gate_history = list(trace.gate_history)
-        bench.global_step = trace.logged[-1][0] + 1 if trace.logged else 0
+        bench.global_step = trace.global_step
         bench.trained_tokens = trace.trained_tokens
+        bench.left_out = trace.left_out
     return trace.scores
+
+
+def _once(bench: Bench, shared: Shared, watch: Stopwatch, key: Hashable, make: Callable[[], Value]) -> Value:
+    """`Shared.once` for the selection; whoever is charged for it pays what runs before have spent on it, too.
+
+    Else a job that goes on with what is known would have the more of `budget_s` left for its transfer.
+    """
+
+    def timed() -> tuple[Value, float]:
+        before = bench.journal.known_s + bench.states.known_s
+        value = make()
+        return value, bench.journal.known_s + bench.states.known_s - before
+
+    paid = key in watch.paid
+    value, known_s = shared.once(key, watch, "select", timed)
+    if not paid:
+        watch.add("select", known_s)
+    return value
 
 
 def _select(bench: Bench, job: Job, scores: Scores, shared: Shared, watch: Stopwatch) -> Selection:
@@ -99,11 +123,11 @@ def _select(bench: Bench, job: Job, scores: Scores, shared: Shared, watch: Stopw
 
     def loss(doomed: Collection[int]) -> float:
         key = ("loss", job.calibration.fingerprint, config.verify_blocks, frozenset(doomed))
-        return shared.once(key, watch, "select", lambda: bench.loss_without(doomed, blocks, "verify"))
+        return _once(bench, shared, watch, key, lambda: bench.loss_without(doomed, blocks, "verify"))
 
     def losses(gone: Collection[int], candidates: Sequence[int]) -> Mapping[int, float]:
         key = ("losses", job.calibration.fingerprint, config.verify_blocks, frozenset(gone), tuple(candidates))
-        return shared.once(key, watch, "select", lambda: losses_without(bench, gone, candidates, blocks, "swap"))
+        return _once(bench, shared, watch, key, lambda: losses_without(bench, gone, candidates, blocks, "swap"))
 
     doomed = selection.cut(scores.order, job.num_drop, protected)
     rounds = config.swap_rounds if config.drop is None else 0

@@ -21,7 +21,7 @@ _expected = click.option(
     help="Refuse unless this version has the alias now.",
 )
 _reason = click.option("--reason", default="", help="Why; recorded with the decision.")
-_dry_run = click.option("--dry-run", is_flag=True, help="Only judge: nothing is recorded or moved.")
+_dry_run = click.option("--dry-run", is_flag=True, help="Only judge; what --evaluate measures is kept.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 _debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 

@@ -8,7 +8,8 @@
   `ppl_ratio` (the largest), `kl/<corpus>`, `kl` (the largest), `top1/<corpus>`, `top1` (the least)
 - `slice_ratio/<slice>`, `slice_loss/<slice>`, `slice_kl/<slice>`, `slice_top1/<slice>`, `slice_repetition/<slice>`: of
   several corpora the worst; `worst_slice_ratio`
-- `zero_shot/<task>` (accuracy), `zero_shot/<task>_drop` (dense minus pruned), `zero_shot_drop` (the largest)
+- `zero_shot/<task>` (accuracy), `zero_shot/<task>_drop` (dense minus pruned), `zero_shot_drop` (the largest of the
+  tasks asked for)
 - `speedup` (a prompt), `generation_speedup`, `parameters_ratio`, `size_ratio`, `size_gib`, `kv_cache_ratio`
 - `repetition`, `agreement` of greedy continuations; `round_trip` (`ok` where a fresh process proved the saved folder)
 - `vs_champion.<name>`: of accuracies' drops the difference, of all else candidate / champion
@@ -19,14 +20,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from tsp.evaluation.accuracy import accuracy, counted_tasks
 from tsp.policy import VS_CHAMPION, Value
 
 Measured = dict[str, Value]
 
 _ON_TEXT = ("ppl", "loss", "kl", "top1", "slice_", "worst_slice_ratio", "repetition", "agreement")
 """Beginnings of names whose values are of the evaluation text."""
-_ACCURACIES = ("acc", "acc_norm", "exact_match")
-"""Of lm-evaluation-harness; the first that a task has is the one that counts."""
 _DROP = "_drop"
 
 
@@ -155,17 +155,17 @@ def _worst(values: Iterable[float], extreme: Callable[[Iterable[float]], float] 
 
 
 def _on_tasks(result: Mapping[str, Any], state: str) -> Pairs:
-    drops = []
+    drops = {}
     for task, by_state in (result.get("tasks") or {}).items():
-        accuracy = next((name for name in _ACCURACIES if name in by_state[state]), None)
-        if accuracy is None:
-            continue
-        yield f"zero_shot/{task}", by_state[state][accuracy]
-        if "dense" in by_state:
-            drops.append(by_state["dense"][accuracy] - by_state[state][accuracy])
-            yield f"zero_shot/{task}{_DROP}", drops[-1]
-    if drops:
-        yield f"zero_shot{_DROP}", _worst(drops)
+        ours, dense = accuracy(by_state[state]), accuracy(by_state.get("dense", {}))
+        if ours is not None:
+            yield f"zero_shot/{task}", ours
+        if ours is not None and dense is not None:
+            drops[task] = dense - ours
+            yield f"zero_shot/{task}{_DROP}", drops[task]
+    counted = [drops[task] for task in counted_tasks(result) if task in drops]
+    if counted:
+        yield f"zero_shot{_DROP}", _worst(counted)
 
 
 def _of_size(result: Mapping[str, Any], state: str) -> Pairs:
@@ -196,4 +196,7 @@ def _compared(name: str, ours: float, theirs: float) -> float:
     if name.endswith(_DROP):
         # Both are lost accuracy; the quotient of two small losses says nothing.
         return ours - theirs
-    return ours / theirs if theirs else float("nan")
+    if theirs == 0:
+        # Neither has any, as of repetition: the same. From none to some there is no quotient.
+        return 1.0 if ours == 0 else math.nan
+    return ours / theirs

@@ -41,7 +41,8 @@ def choices(grid: Mapping[str, Any], stated: Iterable[Mapping[str, Any]]) -> Ite
     """
     whole = merged(stated)
     axes, flat = varied(whole), flatten(whole)
-    own = {key: flat[key] for key in flatten(grid) if key not in axes}
+    # A stronger layer may have put one value in the place of a section, which is then refused with the config.
+    own = {key: flat[key] for key in flatten(grid) if key in flat and key not in axes}
     for choice in combinations(axes):
         yield own | choice
 

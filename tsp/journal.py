@@ -6,13 +6,14 @@
 A job is deterministic: one that is started again takes the same measurements in the same order. The n-th question is
 therefore answered by the n-th line, if that line is the answer to just this question of just this job; from the first
 that is not (on another number of ranks another layer may be the best) all is measured again, and the old lines give way
-to the new.
+to the new. What is asked in the middle of a measurement is a part of it, and has no line of its own.
 """
 
 import hashlib
 import json
 import logging
 import os
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,13 +35,16 @@ class Journal:
 
         Args:
             job: a part of every question.
-            entries: `question` (16 hex digits) and `values` of each line.
+            entries: `question` (16 hex digits), `values` and `seconds` of each line.
             path: file; None off rank 0.
         """
         self.job = job
         self._entries = list(entries)
         self._path = path
         self._next = 0
+        self._measuring = False
+        self.known_s = 0.0
+        """Seconds that runs before took for what they have answered since."""
 
     @classmethod
     def open(cls, path: Path, engine: "Engine", job: Callable[[], str]) -> "Journal":
@@ -66,14 +70,23 @@ class Journal:
             question: all that the answer depends on and that is not known from the order; JSON.
             measure: called the same on every rank, and the same on every rank is what it returns.
         """
+        if self._measuring:
+            return measure()
         digest = hashlib.sha256(json.dumps([self.job, question], sort_keys=True).encode()).hexdigest()[:16]
         if self._next < len(self._entries):
             if self._entries[self._next]["question"] == digest:
+                entry = self._entries[self._next]
                 self._next += 1
-                return list(self._entries[self._next - 1]["values"])
+                self.known_s += entry.get("seconds", 0.0)  # Lines of an earlier version have none.
+                return list(entry["values"])
             self._forget_the_rest()
-        values = measure()
-        self._entries.append({"question": digest, "values": values})
+        started, self._measuring = time.perf_counter(), True
+        try:
+            values = measure()
+        finally:
+            self._measuring = False
+        seconds = round(time.perf_counter() - started, 3)
+        self._entries.append({"question": digest, "values": values, "seconds": seconds})
         self._next += 1
         if self._path is not None:
             try:

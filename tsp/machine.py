@@ -3,14 +3,15 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tsp.config import JobConfig
+from tsp.config import JobConfig, flatten
+from tsp.errors import ConfigError
 
 Weights = list[tuple[Any, Tensor]]
 """Parameters, and values that they had."""
@@ -104,9 +105,31 @@ def held_part(parameter: Any) -> Tensor:
     return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter
 
 
+def require_restorable(sharding: Mapping[str, Any], who: str, instead: str) -> None:
+    """Refuse to put weights back that are offloaded to a disk: there is nothing in memory to copy.
+
+    deepspeed 0.19 leaves one element in the place of each shard of 1 MiB or more.
+
+    Args:
+        sharding: the DeepSpeed config.
+        who: wants weights put back.
+        instead: what else to do.
+
+    Raises:
+        ConfigError: parameters are offloaded to nvme.
+    """
+    place = "zero_optimization.offload_param.device"
+    if flatten(sharding).get(place) == "nvme":
+        raise ConfigError(
+            f"--ds: {place} is nvme, and {who} puts weights back, which cannot be done on a disk; offload to cpu, or "
+            f"{instead}"
+        )
+
+
 def copied_weights(model: nn.Module) -> Weights:
     """A copy of what this rank holds of a model's parameters, in host memory."""
-    parameters: Iterable[Any] = model.parameters()
+    parameters: list[Any] = list(model.parameters())
+    assert not any(getattr(parameter, "nvme_swapper", None) for parameter in parameters), "see `require_restorable`"
     return [(parameter, held_part(parameter).detach().to("cpu", copy=True)) for parameter in parameters]
 
 

@@ -169,9 +169,10 @@ def configs_from_options(options: Mapping[str, Any]) -> "list[tuple[dict[str, An
 
     _refuse_contradictions(options)
     file, grids = grids_of(read_yaml(options["config"]) if options["config"] else {})
+    given = _given(options)
     jobs: dict[JobConfig, dict[str, Any]] = {}
     for grid in grids:
-        stated = [file, grid, *_given(options)]
+        stated = [file, *_deciding(grid), *_deciding(given)]
         for choice in choices(grid, stated):
             try:
                 config = _config([*stated, *layers_of(choice)], sweep=bool(choice))
@@ -184,9 +185,9 @@ def configs_from_options(options: Mapping[str, Any]) -> "list[tuple[dict[str, An
     return [(choice, config) for config, choice in jobs.items()]
 
 
-def _given(options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What the command line says, as layers of a config."""
-    from tsp.config import nest, parse_override
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line says, as a layer of a config."""
+    from tsp.config import merged, nest, parse_override
 
     given: list[Mapping[str, Any]] = [
         nest(field, list(options[option]) if isinstance(options[option], tuple) else options[option])
@@ -195,12 +196,35 @@ def _given(options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ]
     if options["drop"] is not None:
         given.append(nest("prune.drop", layer_indices("--drop", options["drop"])))
-    if any(options[name] is not None for name in _AMOUNTS):
-        # Another amount in the file would win over this one; without any, the ratio counts.
-        given.append({"prune": {name: None for name in _AMOUNTS[1:] if options[name] is None}})
+    if options["ratio"] is not None:
+        # The key `prune.ratio` may be where a search under this bound begins; the option is how many layers go.
+        given.append(nest("prune.max_ppl_ratio", None))
     if options["register"] or options["no_register"]:
         given.append(nest("tracking.register_model", not options["no_register"]))
-    return given + [parse_override(text) for text in options["overrides"]]
+    whole = merged([*given, *map(parse_override, options["overrides"])])
+    stated = _amounts_of(whole)
+    if "ratio" in stated and stated[1:] not in ([], ["max_ppl_ratio"]):
+        words = " and ".join(f"prune.{name}" for name in stated)
+        raise ConfigError(f"each of {words} says how many layers go; give one of them")
+    return whole
+
+
+def _amounts_of(layer: Mapping[str, Any]) -> list[str]:
+    """Those that a layer of a config states."""
+    from tsp.config import flatten
+
+    flat = flatten(layer)
+    return [name for name in _AMOUNTS if flat.get(f"prune.{name}") is not None]
+
+
+def _deciding(layer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A layer with an amount, and what takes back the others of weaker layers, which else might win over it.
+
+    A ratio alone leaves `max_ppl_ratio` as it is: the search under that bound begins with it.
+    """
+    stated = _amounts_of(layer)
+    kept = ["max_ppl_ratio"] if stated == ["ratio"] else stated
+    return [layer, {"prune": {name: None for name in _AMOUNTS[1:] if name not in kept}}] if stated else [layer]
 
 
 def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":

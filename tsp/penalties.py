@@ -40,19 +40,22 @@ def project_capped_simplex(values_L: Tensor, budget: float) -> Tensor:
     return (values - tau).clamp(0, 1).to(values_L.dtype)
 
 
-def gap_norm(gap_BTD: Tensor, norm: str = "l2", reduction: str = "token-mean") -> Tensor:
+def gap_norm(gap_BTD: Tensor, norm: str = "l2", reduction: str = "token-mean", parts: int = 1) -> Tensor:
     """Size of a gap; the paper's ||x_out - x_in||, whose reduction it does not state.
 
     Args:
         gap_BTD: `[B, T, D]`.
         norm: `l1` or `l2` over D.
         reduction: `token-mean`, `token-sum`, or `frobenius` (the norm of all elements together).
+        parts: how many equal parts a step has, of which this is one. The mean over them is then the size of the whole
+            step's gap. Of `frobenius` with `l2` it is that where the parts' norms are alike, else a little less: no
+            part knows the others' squares.
 
     Returns:
         `[]` fp32.
     """
     order = {"l1": 1, "l2": 2}[norm]
     if reduction == "frobenius":
-        return torch.linalg.vector_norm(gap_BTD, ord=order, dtype=torch.float32)
+        return torch.linalg.vector_norm(gap_BTD, ord=order, dtype=torch.float32) * parts ** (1 / order)
     norms_BT = torch.linalg.vector_norm(gap_BTD, ord=order, dim=-1, dtype=torch.float32)
-    return {"token-mean": norms_BT.mean, "token-sum": norms_BT.sum}[reduction]()
+    return norms_BT.mean() if reduction == "token-mean" else norms_BT.sum() * parts

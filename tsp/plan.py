@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from tsp.config import JobConfig, bound_of, number_to_drop
 from tsp.data import Corpus
-from tsp.methods import TRANSFERS
+from tsp.methods import TRANSFERS, is_learned
 from tsp.source import Source
 
 
@@ -42,9 +42,8 @@ def make_plan(
 ) -> Plan:
     """From the config and the headers of the model; no weights are read."""
     num_drop = number_to_drop(config.prune, source.num_layers)
-    # A search for hard gates trains nothing.
-    rounds = {"greedy": num_drop or 1, "search": 0}.get(config.stage1.schedule, 1)
-    stage1_steps = 0 if config.prune.drop is not None else rounds * config.stage1.steps
+    rounds = (num_drop or 1) if config.stage1.schedule == "greedy" else 1
+    stage1_steps = rounds * config.stage1.steps if is_learned(config) and config.prune.drop is None else 0
     stage2_steps = config.stage2.steps if TRANSFERS[config.transfer].trains else 0
     tokens_per_step = config.train.batch_size * calibration.blocks.shape[1]
     shards = world_size if zero_stage == 3 else 1

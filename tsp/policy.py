@@ -34,7 +34,8 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-_NAME = re.compile(r"[A-Za-z_][\w.\-/]*")
+# Behind a slash stands the name of a slice, a corpus or a task, and in those there may be spaces.
+_NAME = re.compile(r"[A-Za-z_][\w.\-]*(?:/[\w.\-/ ]*[\w.\-/])?")
 _OPERATOR = re.compile(r"<=|>=|==|<|>")
 _BOUND = re.compile(r"\S+")
 

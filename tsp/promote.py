@@ -55,7 +55,7 @@ class Wanted:
     """The version that the user believes to have the alias, or `none`; None: not said."""
     reason: str = ""
     dry_run: bool = False
-    """Only judge: nothing is recorded or moved."""
+    """Only judge: no decision is recorded, nothing moves."""
 
 
 @dataclass(frozen=True, kw_only=True)

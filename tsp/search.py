@@ -12,6 +12,7 @@ from typing import Any
 from tsp.config import JobConfig, bound_of
 from tsp.errors import ConfigError
 from tsp.job import Job, Preparation
+from tsp.machine import require_restorable
 from tsp.settings import TUNING_BLOCKS
 from tsp.space import Knob
 from tsp.tuned import is_of
@@ -45,11 +46,10 @@ class Search:
         space = [asdict(knob) for knob in self.knobs]
         return hashlib.sha256(json.dumps([self.job.hash, space]).encode()).hexdigest()[:16]
 
-    @property
-    def marks(self) -> set[int]:
-        """Numbers of steps after which a trial may be stopped."""
-        steps = self.job.config.stage2.steps
-        return {math.ceil(share * steps) for share in _MARKS} - {steps}
+
+def marks(num_steps: int) -> set[int]:
+    """After how many steps a trial of so many may be stopped."""
+    return {math.ceil(share * num_steps) for share in _MARKS} - {num_steps}
 
 
 def prepare_search(
@@ -90,6 +90,7 @@ def prepare_search(
         config = config.model_copy(update={"data": data})
     preparation = Preparation(ds_path, root=root, world_size=world_size)
     job = preparation.job(config, None)
+    require_restorable(job.sharding, "tsp tune", "tune another sharding of the same model")
     search = Search(
         job=job,
         knobs=knobs,

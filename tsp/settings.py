@@ -168,7 +168,8 @@ class Stage2Config(Section):
     gap_norm: Literal["l1", "l2"] = "l2"
     """Norm of the gap of one token."""
     gap_reduction: Literal["token-mean", "token-sum", "frobenius"] = "token-mean"
-    """From `[B, T]` token norms to a number; `frobenius`: the norm of the whole tensor."""
+    """From the token norms of a step to a number; `frobenius`: the norm of all elements, which for `l2` is made from
+    those of the micro-batches, taken to be alike."""
     gates: Literal["hold", "anneal", "off"] = "off"
     """Gates of the doomed layers: stay at 1 (paper), go linearly to 0, are 0 from the first step."""
     anneal_share: float = Field(0.3, gt=0, le=1)

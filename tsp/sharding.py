@@ -124,7 +124,7 @@ def with_optimizer(sharding: Mapping[str, Any], optimizer: AdamW | Gradients | N
     if isinstance(optimizer, AdamW):
         # The learning rate is set at each step.
         parameters = {"lr": 0.0, "betas": list(optimizer.betas), "weight_decay": optimizer.weight_decay}
-        offloaded = "offload_optimizer" in config["zero_optimization"]
+        offloaded = offloads(config["zero_optimization"], "optimizer")
         config["optimizer"] = {"type": "AdamW", "params": parameters | ({} if offloaded else {"torch_adam": True})}
         config["gradient_clipping"] = optimizer.clip or 0.0
     elif isinstance(optimizer, Gradients):
@@ -135,6 +135,17 @@ def with_optimizer(sharding: Mapping[str, Any], optimizer: AdamW | Gradients | N
         per_step = optimizer.num_micro_batches * world_size
         config["train_batch_size"] = config["train_micro_batch_size_per_gpu"] * per_step
     return config
+
+
+def offloads(zero: Mapping[str, Any], part: str) -> bool:
+    """Whether `zero_optimization` keeps a part in host memory or on a disk; templates often say `"device": "none"`.
+
+    Args:
+        zero: that section.
+        part: `optimizer` or `param`.
+    """
+    settings = zero.get(f"offload_{part}")
+    return isinstance(settings, Mapping) and settings.get("device") in ("cpu", "nvme")
 
 
 def _put(tree: dict[str, Any], branch: Mapping[str, Any]) -> None:

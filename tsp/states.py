@@ -4,9 +4,10 @@
     for step in steps:
         states.after("stage2", question, step, number, tensors, about)
 
-A state is one safetensors file, `<number>-<stage>-<16 digits of its sha256>.safetensors`, written by rank 0 under
-another name, synced and renamed: one of that name whose bytes give that sum is whole. It does not depend on the number
-of ranks, and has no weight that is not trained. The last two are kept.
+A state is one safetensors file, `<number>-<stage>-<question>-<sum>.safetensors`, written by rank 0 under another name,
+synced and renamed. The sum is 16 digits of its sha256: one whose bytes give it is whole. It does not depend on the
+number of ranks, and has no weight that is not trained. The last two of each question are kept: a job asks more than
+one, of both stages and of each number of layers that it tries, and their step numbers need not ascend.
 """
 
 import hashlib
@@ -44,6 +45,8 @@ class State:
     tensors: dict[str, Tensor]
     """On the CPU, the same on every rank."""
     about: dict[str, Any]
+    seconds: float
+    """Of training, from the first step to here."""
 
 
 class States:
@@ -69,6 +72,10 @@ class States:
         self._job = job
         self._config = config or StateConfig()
         self._seconds = 0.0
+        self.known_s = 0.0
+        """Seconds of training, by runs before, in all that `last` has found."""
+        self._spent_s = 0.0
+        """Those of the stage at hand so far."""
 
     def last(self, stage: str, question: Mapping[str, Any]) -> State | None:
         """The newest whole state that answers just this question of just this job.
@@ -79,8 +86,10 @@ class States:
         """
         if self._engine is None or self._folder is None:
             return None
-        folder, digest = self._folder, self._digest(stage, question)
-        state: State | None = self._engine.on_first(lambda: _newest(folder, digest))
+        folder, kind = self._folder, self._kind(stage, question)
+        state: State | None = self._engine.on_first(lambda: _newest(folder, kind))
+        self._spent_s = state.seconds if state else 0.0
+        self.known_s += self._spent_s
         if state is not None and self._engine.is_first:
             log.info("%s: the first %d steps are known from the run before", stage, state.step)
         return state
@@ -100,13 +109,14 @@ class States:
             stage: as for `last`.
             question: as for `last`.
             stats: of the step.
-            number: ascending over the job's steps, whatever the stage.
+            number: ascending over the steps that answer the question.
             tensors: gives what is to be kept, the same on every rank; called on every rank.
             about: gives what else is to be kept; JSON.
         """
         if self._engine is None or self._folder is None:
             return
         self._seconds += stats.seconds  # The same on every rank.
+        self._spent_s += stats.seconds
         every = self._config.every_steps
         due = self._seconds >= 60 * self._config.every_minutes or (every and (stats.step + 1) % every == 0)
         if not (due or stats.interrupted):
@@ -117,54 +127,69 @@ class States:
             if self._engine.is_first:
                 kept[name] = tensor.detach().cpu()
         if self._engine.is_first:
-            told = {"question": self._digest(stage, question), "step": stats.step + 1, "about": dict(about())}
-            _write(self._folder, f"{number:08d}-{stage}", kept, told)
+            told = {"step": stats.step + 1, "about": dict(about()), "seconds": self._spent_s}
+            _write(self._folder, number, self._kind(stage, question), kept, told)
+
+    def forget(self, stage: str, question: Mapping[str, Any]) -> None:
+        """Remove those that answer this question: nobody will go on from there.
+
+        Args:
+            stage: as for `last`.
+            question: as for `last`.
+        """
+        self._remove(self._kind(stage, question))
 
     def clear(self) -> None:
-        """Remove them: the job has finished."""
+        """Remove all of them: the job has finished."""
+        self._remove("stage*")
+
+    def _remove(self, kind: str) -> None:
         if self._engine is not None and self._folder is not None and self._engine.is_first:
-            for path in _files(self._folder):
-                path.unlink(missing_ok=True)
+            for path in _files(self._folder, kind):
+                # One that stays takes up room, and no more.
+                with suppress(OSError):
+                    path.unlink()
 
-    def _digest(self, stage: str, question: Mapping[str, Any]) -> str:
+    def _kind(self, stage: str, question: Mapping[str, Any]) -> str:
         asked = json.dumps([self._job, stage, question], sort_keys=True)
-        return hashlib.sha256(asked.encode()).hexdigest()[:16]
+        return f"{stage}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*-stage*-*.safetensors"))
+def _files(folder: Path, kind: str) -> list[Path]:
+    return sorted(folder.glob(f"*-{kind}-*.safetensors"))
 
 
-def _newest(folder: Path, question: str) -> State | None:
+def _newest(folder: Path, kind: str) -> State | None:
     from safetensors import safe_open
 
-    for path in reversed(_files(folder)):
+    for path in reversed(_files(folder, kind)):
         if sha256(path)[:16] != path.stem.rpartition("-")[2]:
             log.warning("%s is damaged; an earlier state is looked for", path)
             continue
         with safe_open(path, "pt") as file:
-            told = json.loads(file.metadata()["told"])
-            if told["question"] == question:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  It is no dict.
-                return State(step=told["step"], tensors=tensors, about=told["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  It is no dict.
+            return State(tensors=tensors, **json.loads(file.metadata()["told"]))
     return None
 
 
-def _write(folder: Path, stem: str, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
+def _write(folder: Path, number: int, kind: str, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
     """What goes wrong here costs a warning: the earlier states are whole, and the job goes on."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = folder / f"{stem}.tmp"
+    temporary = folder / f"{number:08d}-{kind}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         require_room(folder, sum(tensor.nbytes for tensor in tensors.values()))
         save_file(tensors, temporary, {"told": json.dumps(told)})
         sync(temporary)
-        os.replace(temporary, folder / f"{stem}-{sha256(temporary)[:16]}.safetensors")
+        written = folder / f"{temporary.stem}-{sha256(temporary)[:16]}.safetensors"
+        os.replace(temporary, written)
         sync(folder)
-        for old in _files(folder)[:-KEPT]:
-            old.unlink()
+        # Later ones are damaged: the training would have gone on from there.
+        earlier = [path for path in _files(folder, kind) if path.name[:8] < written.name[:8]]
+        for path in set(_files(folder, kind)) - {written, *earlier[1 - KEPT :]}:
+            path.unlink()
     except (OSError, SafetensorError, StorageError) as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ experiment, tries those that failed last, and goes on after a failure.
 """
 
 import hashlib
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -21,11 +22,11 @@ from tsp.engine import Engine
 from tsp.errors import ConfigError, TspError, is_everywhere
 from tsp.grid import in_words
 from tsp.job import Job, Preparation
-from tsp.machine import is_first_node
+from tsp.machine import is_first_node, require_restorable
 from tsp.pipeline import run_job
 from tsp.shared import Shared
 from tsp.tracked import tracked
-from tsp.tracking.earlier import JOB_HASH
+from tsp.tracking.earlier import JOB_HASH, latest_run
 from tsp.tracking.results import KIND_TAG, finished_jobs, runs_by_tag
 from tsp.tracking.run import Tracker, start_run
 
@@ -67,11 +68,12 @@ def prepare_sweep(
     """
     preparation = Preparation(ds_path, root=root, world_size=world_size)
     jobs: list[Job] = []
+    folders: set[Path] = set()
     for varied, config in configs:
         folder = output / _folder_name(varied) if output else None
         try:
-            if folder is not None and is_first_node() and not _is_ours(folder):
-                require_new(folder)
+            if folder is not None:
+                _check_folder(folder, folders)
             jobs.append(preparation.job(config, folder, varied))
         except TspError as error:
             raise type(error)(f"{error} (in the job {in_words(varied)})") from None
@@ -80,6 +82,9 @@ def prepare_sweep(
     # One model after the other.
     models = list(dict.fromkeys(job.config.model for job in jobs))
     jobs.sort(key=lambda job: models.index(job.config.model))
+    for job, following in itertools.pairwise(jobs):
+        if job.config.model == following.config.model and job.config.transfer != "none":
+            require_restorable(job.sharding, "a sweep", "run one job at a time")
     return _with_traces(jobs)
 
 
@@ -94,20 +99,27 @@ def run_sweep(jobs: Sequence[Job], root: Path) -> tuple[list[Child], dict[str, s
         How each job ended, in the order of `jobs`; and on rank 0 where to look at the parent run in MLflow's UI.
     """
     engine = Engine.start(jobs[0].config, jobs[0].sharding)
+    # By name, as each node has copies of the model's files whose dates are their own, and with them another hash.
+    names = engine.on_first(lambda: [job.hash for job in jobs])
     finished, failed = engine.on_first(lambda: _earlier(jobs, root))
-    left = sorted((job for job in jobs if job.hash not in finished), key=lambda job: job.hash in failed)
-    children = {job.hash: Child(job.varied, "SKIPPED", finished[job.hash]) for job in jobs if job.hash in finished}
+    children = {
+        name: Child(job.varied, "SKIPPED", finished[name])
+        for name, job in zip(names, jobs, strict=True)
+        if name in finished
+    }
+    left = [(name, job) for name, job in zip(names, jobs, strict=True) if name not in finished]
+    left.sort(key=lambda named: named[0] in failed)
     with tracked(engine, lambda: _open_parent(jobs, root)) as (tracker, parent):
         shared = Shared()
-        for number, job in enumerate(left, start=1):
+        for number, (name, job) in enumerate(left, start=1):
             log.warning("job %d of %d: %s", number, len(left), in_words(job.varied)) if engine.is_first else None
-            if number > 1 and job.config.model != left[number - 2].config.model:
+            if number > 1 and job.config.model != left[number - 2][1].config.model:
                 shared = Shared()
-            shared.more_to_come = number < len(left) and left[number].config.model == job.config.model
-            children[job.hash], shared = _attempt(job, root, shared, parent)
+            shared.more_to_come = number < len(left) and left[number][1].config.model == job.config.model
+            children[name], shared = _attempt(job, root, shared, parent)
         if isinstance(tracker, Tracker):
             _compare(tracker, root)
-        ended = [children[job.hash] for job in jobs]
+        ended = [children[name] for name in names]
         num_failed = sum(child.status == "FAILED" for child in ended)
         if num_failed:
             tracker.finish("FAILED", f"{num_failed} of {len(jobs)} jobs failed")
@@ -151,9 +163,16 @@ def _with_traces(jobs: list[Job]) -> list[Job]:
 
 
 def _earlier(jobs: Sequence[Job], root: Path) -> tuple[dict[str, str], set[str]]:
-    """Run ids of the finished jobs by hash, and the hashes of those that failed."""
+    """Run ids of the finished jobs by hash, and the hashes of those that failed.
+
+    Raises:
+        ConfigError: the folder of a job that is left holds something else than an earlier attempt at it.
+    """
     experiment = jobs[0].config.tracking.experiment
     finished = runs_by_tag(root, experiment, JOB_HASH, status="FINISHED")
+    for job in jobs:
+        if job.output and job.hash not in finished and not latest_run(root, experiment, job.hash, job.output):
+            require_new(job.output)
     failed = set(runs_by_tag(root, experiment, JOB_HASH, status="FAILED")) - set(finished)
     return finished, failed
 
@@ -174,10 +193,14 @@ def _open_parent(jobs: Sequence[Job], root: Path) -> Tracker:
     )
 
 
-def _is_ours(folder: Path) -> bool:
-    """Left by a job of this sweep that did not finish."""
-    return (folder / "job.log").is_file() and not (folder / "result.json").exists() and not (folder / "model").exists()
+def _check_folder(folder: Path, others: set[Path]) -> None:
+    """No other job has it, and it is new, empty, or of a job: of which one is looked at when the store is open."""
+    if folder in others:
+        raise ConfigError(f"--output has no folder for it alone, another job would have {folder}, too; leave it out")
+    others.add(folder)
+    if is_first_node() and not (folder / "job.log").is_file():
+        require_new(folder)
 
 
 def _folder_name(varied: dict[str, Any]) -> str:
-    return re.sub(r"[^\w.=-]+", "-", "_".join(f"{key.rpartition('.')[2]}={value}" for key, value in varied.items()))
+    return re.sub(r"[^\w.=-]+", "-", "_".join(f"{key}={value}" for key, value in varied.items())) or "job"

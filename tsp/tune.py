@@ -25,7 +25,7 @@ from tsp.methods import transfer_check
 from tsp.methods.base import Bench
 from tsp.pipeline import MODEL, make_bench, transfer
 from tsp.progress import logging_to
-from tsp.search import Search
+from tsp.search import Search, marks
 from tsp.shared import Shared, Stopwatch
 from tsp.space import steps_compare, with_settings
 from tsp.study import KILLED, Study, Trial
@@ -220,7 +220,8 @@ class _Launch:
         text best. Trials of one seed have seen the same batches in the same order by then, so that what is compared
         differs by the settings alone.
         """
-        marks, compare = self._search.marks, steps_compare(self._search.knobs, self._search.job.config)
+        stops = marks(job.config.stage2.steps)
+        compare = steps_compare(self._search.knobs, self._search.job.config)
 
         def after_step(stage: str, stats: StepStats, gates: list[float]) -> None:
             done = stats.step + 1
@@ -229,7 +230,7 @@ class _Launch:
             loss = stats.losses.get("lm", math.nan)  # without any usable micro-batch there is none
             if not math.isfinite(loss):
                 raise Stopped(f"the loss of step {done} is {loss}")
-            if done not in marks:
+            if done not in stops:
                 return
             assert job.tuning is not None
             tuning_loss = bench.loss_without(doomed, job.tuning.blocks) if compare else None

@@ -57,6 +57,7 @@ SELECTIONS = ("tsp", "sleb", "taylor", "laco")
 FOLDS = ("merge", "replaceme")
 ON_ONE_RANK = (
     *("ranks", "falling-zero3-fp32", "budget-zero2-fp32", "lora-zero3-fp32", "full-zero2-fp32"),
+    *("gap-token-sum", "gap-frobenius"),
     *(f"{name}-zero2" for name in (*SELECTIONS, *FOLDS, "peak-lora", "peak-full")),
 )
 
@@ -79,6 +80,11 @@ def plan(num_ranks: int) -> dict[str, dict]:
     again, split = {"train__activation_checkpointing": True}, {"train__accumulation": 2}
     found["again-falling"] = case("select", "plain", zero(3), again | FALLING, num_drop=2)
     found["again-lora"] = case("move", "plain", zero(3), again | LORA | ANNEAL, doomed=DOOMED)
+    for reduction in ("token-sum", "frobenius"):
+        as_paper = {"stage2__gates": "hold", "stage2__lambda2": 0.01, "stage2__lambda2_unit": "one", "stage2__steps": 1}
+        found[f"gap-{reduction}"] = case(
+            "move", "plain", zero(2), LORA | as_paper | {"stage2__gap_reduction": reduction}, doomed=DOOMED
+        )
     found["split-lora"] = case("move", "plain", zero(3), split | LORA | ANNEAL, doomed=DOOMED)
     settings = {"train__batch_size": 6, "eval__batch_size": 3, "prune__score_blocks": 13}
     for stage in STAGES:
@@ -96,6 +102,7 @@ def plan(num_ranks: int) -> dict[str, dict]:
             found[f"spoilt-{name}-zero{stage}"] = case(
                 "spoilt", "plain", zero(stage), halves, num_steps=num_steps, bad=list(bad)
             )
+    found["clock"] = case("clock", "plain", zero(3), LORA | {"budget_s": 1.0}, doomed=DOOMED)
     if num_ranks == 1:
         found = {name: found[name] for name in ON_ONE_RANK}
     for placement in ("residual", "output"):

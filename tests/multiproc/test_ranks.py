@@ -144,6 +144,17 @@ def test_one_rank_is_two_ranks_in_stage_2(of, name):
     assert differing(one, two) < 0.01
 
 
+@pytest.mark.parametrize(("reduction", "tolerance"), [("token-sum", 1e-4), ("frobenius", 0.02)])
+def test_the_gap_penalty_is_as_large_on_any_number_of_ranks(of, reduction, tolerance):
+    one, two = of(f"gap-{reduction}", 1), of(f"gap-{reduction}")
+    assert series(two, "stage2/loss/gap") == pytest.approx(series(one, "stage2/loss/gap"), rel=tolerance)
+
+
+def test_whether_seconds_are_left_is_said_by_rank_0(of):
+    steps = of("clock")["steps"]
+    assert steps[0] == steps[1] > 0
+
+
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_learning_rate_is_found_alike_on_any_number_of_ranks(of, trainable, stage):

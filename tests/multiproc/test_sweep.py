@@ -5,6 +5,8 @@ import json
 import pytest
 
 from tests.models import REPOSITORY, corpus_file, model_folder, sample, tiny_model
+from tsp.errors import ConfigError
+from tsp.sweep import _check_folder, _folder_name
 from tsp.tracking.store import resolve_uri
 
 pytestmark = pytest.mark.multiproc
@@ -184,10 +186,33 @@ def test_what_is_wrong_with_one_job_is_said_before_any_starts(prune, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_per_job(prune, tmp_path):
+def test_a_folder_per_job_that_is_gone_on_in(prune, tmp_path):
     words = ("--method", "tail,random", "--ratio", "0.4", "--set", "save=true", "--output", tmp_path / "out")
+    done = prune(tmp_path, *words, script="tests/multiproc/faulty_prune.py")
+    assert done.returncode == 1, done.stderr[-3000:]
+    folders = [tmp_path / "out" / f"prune.method={method}" for method in ("random", "tail")]
+    assert sorted((tmp_path / "out").iterdir()) == folders
+    # As of a job that failed after its model was saved.
+    (folders[1] / "model").mkdir()
+    (folders[1] / "model" / "half").touch()
+    first = (folders[0] / "result.json").stat()
     done = prune(tmp_path, *words)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["method=random", "method=tail"]
-    for path in (tmp_path / "out").iterdir():
-        assert {"result.json", "job.log", "model"} <= {file.name for file in path.iterdir()}
+    assert done.stdout.count("skipped") == 1
+    assert (folders[0] / "result.json").stat() == first
+    for folder in folders:
+        assert {"result.json", "job.log", "model"} <= {file.name for file in folder.iterdir()}
+    assert not (folders[1] / "model" / "half").exists()
+    done = prune(tmp_path, *words, "--seed", "1")
+    assert done.returncode == 2, "other jobs, whose folders these are not"
+    assert "must be a new or an empty folder" in done.stderr
+    assert (folders[0] / "result.json").stat() == first
+
+
+def test_folders_of_jobs_are_their_own(tmp_path):
+    taken = set()
+    for varied in ({"stage1.steps": 1}, {"stage2.steps": 1}, {}):
+        _check_folder(tmp_path / _folder_name(varied), taken)
+    assert tmp_path not in taken
+    with pytest.raises(ConfigError, match="another job would have"):
+        _check_folder(tmp_path / _folder_name({"stage1.steps": 1}), taken)

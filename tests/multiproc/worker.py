@@ -25,7 +25,9 @@ from tsp.losses import lm_loss
 from tsp.machine import weights_dtype
 from tsp.methods import score_verb, transfer_verb
 from tsp.methods.base import Bench
+from tsp.pipeline import transfer
 from tsp.sharding import AdamW, resolve
+from tsp.shared import Stopwatch
 from tsp.source import open_source
 from tsp.training import train
 
@@ -148,7 +150,16 @@ def ranks(bench: Bench, case: dict) -> dict:
     }
 
 
-KINDS = {"select": select, "move": move, "gradient": gradient, "ranks": ranks, "spoilt": spoilt}
+def clock(bench: Bench, case: dict) -> dict:
+    """The steps of a transfer for which, by their own clocks, rank 0 has a second left and the others have none."""
+    watch = Stopwatch()
+    watch.add("select", 1e3 * bench.engine.rank)
+    doing = SimpleNamespace(config=bench.config, source=SimpleNamespace(dtype=torch.float32))
+    transfer(doing, bench, tuple(case["doomed"]), watch)
+    return {"steps": bench.engine.every_rank(bench.transfer_steps)}
+
+
+KINDS = {"select": select, "move": move, "gradient": gradient, "ranks": ranks, "spoilt": spoilt, "clock": clock}
 
 
 def main() -> None:

@@ -61,9 +61,11 @@ def test_whether_the_calibration_text_is_like_the_evaluation_text(divergence, lo
     assert "was not measured" in said(finished())["calibration"]
 
 
-def of_sequences(count, ppl):
+def of_sequences(count, ppl, **settings):
     return finished(
-        ppl=ppl, settings={"data.max_blocks": count}, calibration={"num_blocks": count, "fingerprint": f"{count:016d}"}
+        ppl=ppl,
+        settings={"data.max_blocks": count} | settings,
+        calibration={"num_blocks": count, "fingerprint": f"{count:016d}"},
     )
 
 
@@ -73,6 +75,14 @@ def test_whether_more_text_would_help_is_read_off_the_last_doubling():
     assert f"From 32 to 128 sequences perplexity fell by {per_doubling:.1f} % a doubling: more would help" in text
     assert "hardly help" in said(of_sequences(64, 11.01), of_sequences(128, 11.0))["more text"]
     assert '--set "data.max_blocks=[4, 8, 16]"' in said(finished())["more text"]
+
+
+@pytest.mark.parametrize("other", [{"stage2.lr": 1e-1}, {"budget_s": 60.0}])
+def test_whether_more_text_would_help_is_read_off_jobs_that_are_alike_otherwise(other):
+    alike = [of_sequences(16, 12.0), of_sequences(32, 11.0)]
+    text = said(*alike, of_sequences(32, 15.0, **other))["more text"]
+    assert f"From 16 to 32 sequences perplexity fell by {100 / 12:.1f} % a doubling" in text
+    assert "Whether more calibration text helps" in said(alike[0], of_sequences(32, 15.0, **other))["more text"]
 
 
 def test_what_was_not_tried_is_proposed_and_what_was_is_not():

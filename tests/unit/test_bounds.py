@@ -13,6 +13,7 @@ from tsp.config import PruneSection, number_to_drop
 from tsp.decoder import find_decoder
 from tsp.errors import BoundError, ConfigError
 from tsp.job import prepare
+from tsp.methods.base import Bench
 from tsp.pipeline import run_job
 from tsp.shared import Shared
 
@@ -110,9 +111,9 @@ def root(tmp_path_factory):
 def done(given, root):
     """Runs a job in this process."""
 
-    def run(shared=None, stage=0, **settings):
+    def run(shared=None, stage=0, output=None, **settings):
         config = config_of(**given | settings)
-        job = prepare(config, DS, None, root=root, world_size=1)
+        job = prepare(config, DS, output, root=root, world_size=1, resume=True)
         return run_job(job, engine(config, stage), root, shared or Shared())[0]
 
     return run
@@ -148,6 +149,42 @@ def test_the_outcome_is_that_of_the_number_given(done, stage, bound, settings):
     alone = done(stage=stage, prune__num_drop=found["num_drop"], **settings)
     assert OUTCOME(found) == OUTCOME(alone)
     assert alone["curve"] == []
+
+
+class CutOff(Exception):  # noqa: N818  No error: it stands for a kill.
+    """The job is cut off here."""
+
+
+def test_a_search_that_goes_on_trains_only_what_is_left_of_the_trial_that_was_cut_off(done, tmp_path, monkeypatch):
+    settings = {"prune__method": "sleb", "transfer": "finetune", "stage2__trainable": "full", "state__every_steps": 1}
+    settings |= {"prune__max_ppl_ratio": 1.3, "prune__protect_first": 1}
+    steps, stop, log = [], None, Bench.log
+
+    def logged(bench, stage, stats, gates, more=None):
+        log(bench, stage, stats, gates, more)
+        steps.append(stats.step)
+        if len(steps) == stop:
+            raise CutOff
+
+    monkeypatch.setattr(Bench, "log", logged)
+    whole = done(**settings)
+    # Tried in the order 2, 4, 3.
+    assert [row["num_drop"] for row in whole["curve"] if row["ppl_ratio"] <= 1.3] == [2]
+    assert steps == [0, 1, 2] * 3
+
+    stop = len(steps) - 1
+    steps.clear()
+    with pytest.raises(CutOff):
+        done(output=tmp_path / "out", **settings)
+    states = sorted((tmp_path / "out/state").glob("*.safetensors"), key=lambda path: path.name)
+    assert [int(path.name[:8]) for path in states] == [1, 2, 3], "of the outcome so far, and of the one that is cut off"
+    stop = None
+    steps.clear()
+    found = done(output=tmp_path / "out", **settings)
+    assert steps == [1, 2]
+    assert OUTCOME(found) == OUTCOME(whole)
+    assert found["curve"] == whole["curve"]
+    assert not list((tmp_path / "out/state").glob("*.safetensors"))
 
 
 def test_the_fewest_layers_that_are_fast_enough(done):

@@ -9,11 +9,13 @@ from click.testing import CliRunner
 from transformers import LlamaConfig
 
 from tests.models import REPOSITORY
+from tsp.calibrate import probe_of
 from tsp.capacity import GIB, Estimate, Fleet
 from tsp.cli import main
-from tsp.config import ModelConfig, known_gpu, load_config
+from tsp.config import ModelConfig, known_gpu, load_config, number_to_drop
 from tsp.footprint import shape_of
-from tsp.sharding import read_json
+from tsp.methods import METHODS, is_learned
+from tsp.sharding import read_json, resolve
 
 ZERO3 = read_json(REPOSITORY / "ds_configs/zero3.json")
 
@@ -82,6 +84,23 @@ def test_what_does_not_fit_is_made_to_fit_by_the_smallest_change(wide):
     assert estimate(wide, gpu="h200").remedy() is None
 
 
+@pytest.mark.parametrize(("batch", "gpus"), [(8, 1), (24, 1), (24, 8), (18, 3)])
+def test_a_job_takes_whatever_is_proposed(wide, batch, gpus):
+    found = estimate(wide, gpus=gpus, train={"batch_size": batch})
+    for words, changed in found.changes():
+        train, ranks = changed.config.train, changed.fleet.ranks
+        resolved = resolve(ZERO3, changed.config, world_size=ranks, hidden_size=64, dtype=torch.bfloat16)
+        assert batch <= train.batch_size < batch + ranks, words
+    assert resolved["train_micro_batch_size_per_gpu"] == 1
+
+
+@pytest.mark.parametrize(("device", "held"), [({"device": "none"}, True), (None, True), ({"device": "cpu"}, False)])
+def test_what_is_offloaded_is_not_held(wide, device, held):
+    zero = ZERO3["zero_optimization"] | {"offload_param": device, "offload_optimizer": device}
+    found = estimate(wide, sharding={"zero_optimization": zero})
+    assert (part(found, "transfer", "weights") > 0, part(found, "transfer", "optimizer") > 0) == (held, held)
+
+
 def test_the_command_prints_what_it_reckons_and_exits_by_it(wide, tmp_path):
     folder = tmp_path / "wide"
     wide.config.save_pretrained(folder)
@@ -138,6 +157,15 @@ def test_what_an_allocator_keeps_is_in_proportion_to_the_step(wide):
     )
     assert kept.memory_gib["step"] == 1.5 * plain.memory_gib["step"]
     assert plain.slack(kept.total_gib) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_probe_learns_gates_whatever_the_method(method):
+    """Its speed is that of gate steps, over their number."""
+    given = {"method": method, "ratio": 0.05, "max_ppl_ratio": 1.1, "drop": (3,)}
+    probe = probe_of(load_config([{"prune": given}]))
+    assert is_learned(probe)
+    assert number_to_drop(probe.prune, 2) == 1
 
 
 @pytest.mark.slow

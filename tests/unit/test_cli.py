@@ -117,6 +117,8 @@ def test_prune_and_its_launcher_take_the_same_options():
         (["--max-ppl-ratio", "0.9"], "prune.max_ppl_ratio: input should be greater than 1, got 0.9"),
         (["--min-speedup", "1"], "prune.min_speedup: input should be greater than 1, got 1.0"),
         (["--min-speedup", "2", "--set", "prune.num_drop=3"], "each of prune.num_drop and prune.min_speedup says"),
+        (["--drop", "3,7", "--set", "prune.num_drop=4"], "each of prune.drop and prune.num_drop says how many layers"),
+        (["--num-drop", "4", "--set", "prune.ratio=0.5"], "each of prune.ratio and prune.num_drop says how many"),
         (["--max-ppl-ratio", "2", "--set", "budget_s=60"], "give stage2.steps instead of budget_s, got budget_s 60"),
         (["--max-ppl-ratio", "2", "--set", "data.tuning_blocks=0"], "measured on data.tuning_blocks sequences, got 0"),
         (["--min-speedup", "2", "--set", "eval.speed_runs=0"], "measured in eval.speed_runs passes, got 0"),
@@ -133,6 +135,7 @@ def test_prune_and_its_launcher_take_the_same_options():
         (["--set", "transfer=replaceMe"], "got 'replaceMe'; did you mean replaceme?"),
         (["--method", "laco", "--set", "transfer=stage2"], "prune.method laco chooses layers to merge into others"),
         (["--set", "transfer=finetune", "--set", "stage2.trainable=none"], "transfer finetune trains nothing"),
+        (["--set", "stage2.task={lm: 0, distill: 0}"], "found by the loss of stage2.task, got lm 0 and distill 0"),
         (["--quantize", "int4"], "quantize: input should be 'int8', got 'int4'"),
         (["--quantize", "int8", "--set", "save=false"], "starts from the pruned checkpoint, got save false"),
         (["--quantize", "int8", "--method", "dense"], "the pruned checkpoint, and prune.method dense writes none"),
@@ -332,6 +335,28 @@ def test_an_amount_wins_over_another_one_of_the_file(tmp_path, amount):
     assert (several.num_drop, several.drop, several.max_ppl_ratio) == (2, None, None)
 
 
+@pytest.mark.parametrize("amount", ["num_drop: 3", "drop: [1, 2]", "min_speedup: 1.5"])
+def test_an_amount_by_its_key_wins_over_another_one_of_the_file_too(tmp_path, amount):
+    (tmp_path / "job.yaml").write_text(f"prune: {{{amount}}}\n")
+    for words in (["--set", "prune.ratio=0.5"], ["--set", "prune={max_ppl_ratio: 1.1}"]):
+        of_the_file, wanted = (
+            config_from_options(options_of(*words, *more)).prune for more in (["--config", "job.yaml"], [])
+        )
+        assert of_the_file == wanted
+
+
+def test_a_ratio_by_its_key_is_where_the_search_under_the_files_bound_begins(tmp_path):
+    (tmp_path / "job.yaml").write_text("prune: {max_ppl_ratio: 1.2}\n")
+    config = config_from_options(options_of("--config", "job.yaml", "--set", "prune.ratio=0.5"))
+    assert (config.prune.max_ppl_ratio, config.prune.ratio) == (1.2, 0.5)
+
+
+def test_two_amounts_in_a_file_are_refused(tmp_path):
+    (tmp_path / "job.yaml").write_text("prune: {drop: [3, 7, 9], num_drop: 4}\n")
+    with pytest.raises(TspError, match=r"each of prune.drop and prune.num_drop says how many layers go; give one"):
+        config_from_options(options_of("--config", "job.yaml"))
+
+
 def test_preset_gives_way_to_what_is_asked_for():
     paper = config_from_options(options_of("--method", "trsp"))
     assert (paper.stage1.placement, paper.stage2.gates) == ("output", "hold")
@@ -375,6 +400,15 @@ def test_dry_run_says_that_the_number_is_found_later():
     assert done.returncode == 0, done.stderr
     plan = yaml.safe_load(done.stdout)["plan"]
     assert (plan["num_drop"], plan["bound"], plan["stage2_steps"]) == (None, "prune.max_ppl_ratio 1.1", 24)
+
+
+@pytest.mark.parametrize(("method", "steps"), [("tsp", 100), ("shortgpt", 0)])
+def test_only_gates_that_are_learned_take_steps_of_stage_1(method, steps, tmp_path):
+    from tsp.job import prepare
+
+    options = options_of("--method", method, "--set", "stage1={schedule: budget, steps: 100}")
+    job = prepare(config_from_options(options), sharding_path(options), None, root=tmp_path, world_size=1)
+    assert job.plan.stage1_steps == steps
 
 
 def test_dry_run_prints_the_config_and_the_plan_and_makes_nothing():

@@ -119,6 +119,22 @@ def test_a_setting_is_chosen_by_the_tuning_loss_and_not_by_the_result():
     assert (row.stats["ppl/wiki"].mean, row.stats["ppl/wiki"].n) == (pytest.approx(13.0), 2)
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_setting_that_diverged_on_the_tuning_text_is_not_chosen(value):
+    jobs = [
+        finished(settings={"stage2.lr": lr}, ppl=ppl, seed=seed, tuning_loss=loss)
+        for lr, seed, ppl, loss in (
+            (1e-3, 0, 12.0, 2.6), (1e-3, 1, 12.0, 2.6), (1.0, 0, 12.0, 2.5), (1.0, 1, 1e6, value),
+        )
+    ]  # fmt: skip
+    [row] = only_table(jobs).rows
+    assert row.chosen == {"stage2.lr": 1e-3}
+    [row] = only_table([*jobs, finished(settings={"stage2.lr": 9.0}, ppl=1e6, tuning_loss=value)]).rows
+    assert row.chosen == {"stage2.lr": 1e-3}
+    [row] = only_table(grid({1e-3: value, 3e-3: value})).rows
+    assert row.stats["tuning_loss"].mean == math.inf
+
+
 def test_without_a_tuning_text_the_settings_are_rows_and_the_verdict_says_so():
     comparison = compare(grid(None), METHOD_TRANSFER)
     rows = comparison.groups[0].tables[0].rows
@@ -332,6 +348,15 @@ def test_the_numbers_of_a_result():
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert "tuning_loss" not in found
+
+
+def test_the_mean_over_tasks_is_over_those_that_were_asked_for():
+    rows = {"mmlu": {"acc": 0.4}, "mmlu_law": {"acc": 0.1}, "mmlu_art": {"acc": 0.7}, "piqa": {"acc_norm": 0.8}}
+    rows["gsm8k"] = {"exact_match.strict-match": 0.3, "exact_match.flexible-extract": 0.5}
+    asked = {"settings": {"eval.tasks": ["mmlu", "piqa", "gsm8k"]}}
+    found = measures(finished(**asked, tasks={task: {"pruned": row} for task, row in rows.items()}).result)
+    assert found["tasks"] == pytest.approx((0.4 + 0.8 + 0.3) / 3)
+    assert (found["task/gsm8k"], found["task/mmlu_law"]) == (0.3, 0.1)
 
 
 def test_a_result_of_an_earlier_release_has_fewer_numbers_and_a_place():

@@ -6,9 +6,13 @@ import weakref
 import pytest
 import torch
 
-from tests.models import bench, engine, job, tiny_model, tokens
-from tsp.errors import ModelError
+from tests.models import REPOSITORY, bench, corpus_file, engine, job, model_folder, tiny_model, tokens
+from tsp.errors import ConfigError, ModelError
+from tsp.job import prepare
 from tsp.methods.trsp.stage2 import transfer
+from tsp.pipeline import make_bench, run_job
+from tsp.shared import Shared, Stopwatch
+from tsp.tracking.null import NullTracker
 
 LAYERS = 4
 DOOMED = (1, 2)
@@ -28,6 +32,37 @@ def test_restored_weights_are_bit_identical_after_a_transfer(trainable, stage):
     assert changed_inside
     assert all(torch.equal(tensor, before[name]) for name, tensor in whole(made).items())
     assert not any(parameter.requires_grad for parameter in made.decoder.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("more_to_come", "settings", "refusal"),
+    [
+        (True, {}, "a job that others follow puts weights back.*run one at a time"),
+        (False, {"prune__max_ppl_ratio": 1.1, "data__tuning_blocks": 2}, "prune.max_ppl_ratio .*give prune.num_drop"),
+        (False, {"prune__method": "laco", "transfer": "merge"}, "prune.method laco .*give another method"),
+        (False, {}, None),
+        (True, {"transfer": "none"}, None),
+    ],
+    ids=["others follow", "bound", "laco", "alone", "nothing moves"],
+)
+def test_weights_on_a_disk_are_not_put_back(tmp_path, more_to_come, settings, refusal):
+    paths = {
+        "model__path": str(model_folder(tmp_path / "tiny", tiny_model(num_layers=LAYERS))),
+        "data__source": str(corpus_file(tmp_path / "text.jsonl", tokens(80, 16))),
+    }
+    config = job(**paths, eval__block_tokens=16, **settings)
+    made = prepare(config, REPOSITORY / "ds_configs/zero_infinity.json", None, root=tmp_path, world_size=1)
+    shared, own = Shared(more_to_come=more_to_come), engine(config)
+    if refusal is None:
+        make_bench(made, own, NullTracker(), shared=shared, watch=Stopwatch())
+        return
+    refusal = f"^--ds: zero_optimization.offload_param.device is nvme, and {refusal}$"
+    with pytest.raises(ConfigError, match=refusal) as caught:
+        run_job(made, own, tmp_path, shared)
+    assert len(str(caught.value)) <= 200
+    assert not (tmp_path / "mlruns").exists(), "no run is opened"
+    with pytest.raises(ConfigError, match=refusal):  # As `tsp tune` begins.
+        make_bench(made, own, NullTracker(), shared=shared, watch=Stopwatch())
 
 
 def whole(made) -> dict[str, torch.Tensor]:

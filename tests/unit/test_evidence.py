@@ -5,6 +5,7 @@ import math
 import pytest
 
 from tests.finished import DENSE, finished
+from tsp.compare.measures import measures
 from tsp.evidence import how_to_measure, measured_of, relative_to
 
 FIDELITY = {"kl": 0.1, "top1": 0.8}
@@ -49,7 +50,7 @@ def test_all_that_a_job_may_measure_has_a_name():
     expected = {
         "kl/wiki": 0.1, "kl/code": 0.3, "kl": 0.3, "top1/code": 0.6, "top1": 0.6,
         "slice_ratio/rare": 1.5, "worst_slice_ratio": 1.5,
-        "zero_shot/piqa": 0.66, "zero_shot/piqa_drop": 0.04, "zero_shot/boolq_drop": -0.01, "zero_shot_drop": 0.04,
+        "zero_shot/piqa": 0.7, "zero_shot/piqa_drop": 0.02, "zero_shot/boolq_drop": -0.01, "zero_shot_drop": 0.02,
         "size_gib": 1.5, "size_ratio": 0.75, "kv_cache_ratio": 0.75, "parameters_ratio": 0.8,
         "speedup": 1.25, "generation_speedup": 1.1, "repetition": 0.2, "agreement": 0.9,
     }  # fmt: skip
@@ -57,6 +58,24 @@ def test_all_that_a_job_may_measure_has_a_name():
         assert measured[name] == pytest.approx(value), name
     assert measured["round_trip"] == "ok"
     assert not any("story" in name for name in measured)
+
+
+@pytest.mark.parametrize(
+    ("asked", "worst"), [(["mmlu", "wikitext"], 0.03), (["mmlu", "a_tag"], 0.2), (["bare_group"], 0.2), ([], 0.2)]
+)
+def test_the_largest_drop_is_of_the_tasks_asked_for_as_far_as_they_have_numbers(asked, worst):
+    drops = {"mmlu": 0.03, "mmlu_law": 0.2}
+    tasks = {task: {"dense": {"acc": 0.5}, "pruned": {"acc": 0.5 - drop}} for task, drop in drops.items()}
+    tasks |= {"bare_group": {"dense": {}, "pruned": {}}, "wikitext": {"dense": {"ppl": 9.0}, "pruned": {"ppl": 9.5}}}
+    measured = measured_of(result(tasks=tasks, settings={"eval.tasks": asked}))
+    assert measured["zero_shot_drop"] == pytest.approx(worst)
+    assert measured["zero_shot/mmlu_law_drop"] == pytest.approx(0.2)
+
+
+def test_tables_and_promotions_mean_the_same_accuracy():
+    for metrics in ({"acc": 0.6, "acc_norm": 0.7}, {"exact_match.strict-match": 0.3}, {"acc": 0.5}):
+        job = result(tasks={"one": {"dense": metrics, "pruned": metrics}})
+        assert measured_of(job)["zero_shot/one"] == measures(job)["task/one"]
 
 
 def test_what_was_not_measured_has_no_value():
@@ -89,6 +108,14 @@ def test_relative_to_the_champion():
     assert relative["vs_champion.ppl_ratio"] == pytest.approx(12 / 11)
     assert relative["vs_champion.speedup"] == pytest.approx(1.25 / 1.1)
     assert relative["vs_champion.zero_shot/piqa_drop"] == pytest.approx(0.03)
+
+
+def test_where_neither_repeats_itself_they_are_the_same():
+    champion, silent, repeating = (
+        result(generation={"pruned": {"repetition": share, "agreement": None}}) for share in (0.0, 0.0, 0.1)
+    )
+    assert relative_to(champion, silent)["vs_champion.repetition"] == 1.0
+    assert math.isnan(relative_to(champion, repeating)["vs_champion.repetition"])
 
 
 def test_on_other_text_perplexity_is_not_compared_but_speed_is():

@@ -10,6 +10,7 @@ from tests.models import VOCABULARY, logits, tiny_model, tokens
 from tsp.data import Corpus
 from tsp.evaluation.perplexity import window_losses
 from tsp.evaluation.predictions import Reference, measure_predictions, spread_positions
+from tsp.live import LiveBytes
 
 
 def corpus(num_windows=7, **slices):
@@ -126,6 +127,17 @@ def test_the_losses_are_those_of_the_plain_perplexity():
     plain = window_losses(forward_of(model), text.blocks, batch_size=3)
     assert perplexity.window_losses == pytest.approx(plain.tolist(), rel=1e-7)
     assert perplexity.ppl == pytest.approx(float(plain.mean().exp()), rel=1e-7)
+
+
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_no_copy_of_all_logits_is_made(is_dense):
+    text = corpus(8)
+    logits_bTV = torch.randn(8, 12, 20_000, dtype=torch.bfloat16)
+    live = LiveBytes()
+    with live:
+        measure_predictions(lambda ids: logits_bTV, text, Reference(text.blocks, 8), is_dense=is_dense, batch_size=8)
+    one_in_fp32 = logits_bTV[0].numel() * 4
+    assert live.peak < 3 * one_in_fp32
 
 
 def test_a_slice_is_measured_on_its_own_tokens_alone():

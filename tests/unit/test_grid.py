@@ -76,6 +76,18 @@ def test_a_sweep_registers_only_if_it_is_asked_to():
     assert (single, many, asked) == (True, False, True)
 
 
+def test_a_grids_amount_wins_over_another_one_of_the_rest_and_gives_way_to_the_command_line(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("prune: {num_drop: 4}\nsweep: [{prune: {ratio: 0.5}}, {prune: {drop: [3, 7]}}, {seed: 1}]\n")
+
+    def found(*words):
+        sections = [config.prune for _, config in jobs("--config", str(file), *words)]
+        return [section.drop or section.num_drop or section.ratio for section in sections]
+
+    assert found() == [0.5, (3, 7), 4]
+    assert found("--set", "prune.num_drop=2") == [2, 2, 2]
+
+
 def test_several_grids_in_a_file(tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text(
@@ -110,9 +122,11 @@ def test_a_sweep_that_is_no_list_of_grids_is_refused(tmp_path):
         (["--ratio", "0.25,1.5"], "prune.ratio: input should be less than 1, got 1.5"),
         (["--ratio", "0.25,0.5", "--num-drop", "3"], "give one of --ratio, --num-drop, --drop"),
         (["--set", "prune.ratios=[1, 2]"], "unknown key prune.ratios, did you mean ratio?"),
+        (["--config", "sweep.yaml", "--set", "stage2=3"], "stage2: input should be a valid dictionary .*, got 3"),
     ],
 )
-def test_what_is_wrong_with_a_sweep_is_said(words, reason):
+def test_what_is_wrong_with_a_sweep_is_said(words, reason, tmp_path):
+    (tmp_path / "sweep.yaml").write_text("sweep: [{stage2: {steps: 5}}]\n")
     with pytest.raises(ConfigError, match=reason.replace("?", r"\?")):
         jobs(*words)
 

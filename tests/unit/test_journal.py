@@ -1,5 +1,6 @@
 """The journal of measurements: known answers, damaged files, other questions."""
 
+import json
 import logging
 
 import pytest
@@ -52,6 +53,37 @@ def test_the_same_question_twice_has_two_answers(tmp_path):
     assert [again.once({"gone": []}, refuse), again.once({"gone": []}, refuse)] == [[1.0], [2.0]]
 
 
+def test_what_is_asked_in_the_middle_of_a_measurement_is_a_part_of_it(tmp_path):
+    def whole(journal):
+        return journal.once({"moved": [1]}, lambda: [1 + journal.once({"gone": [1]}, lambda: [1.0])[0]])
+
+    first = opened(tmp_path / "journal.jsonl")
+    assert [whole(first), first.once({"gone": [1]}, lambda: [3.0])] == [[2.0], [3.0]]
+    again = opened(tmp_path / "journal.jsonl")
+    assert again.once({"moved": [1]}, refuse) == [2.0]
+    assert again.once({"gone": [1]}, refuse) == [3.0]
+
+
+def test_a_measurement_that_fails_leaves_the_next_one_its_line(tmp_path):
+    journal = opened(tmp_path / "journal.jsonl")
+    with pytest.raises(AssertionError):
+        journal.once({"gone": [0]}, refuse)
+    journal.once({"gone": [0]}, lambda: [1.0])
+    assert opened(tmp_path / "journal.jsonl").once({"gone": [0]}, refuse) == [1.0]
+
+
+def test_the_seconds_of_what_is_known_are_told(path):
+    entries = [json.loads(line.partition(" ")[2]) for line in path.read_text().splitlines()]
+    assert all(0 <= entry.pop("seconds") < 60 for entry in entries)
+    entries[0]["seconds"] = 400.0  # An earlier version wrote none.
+    journal = Journal("a job", entries)
+    assert journal.known_s == 0
+    for number in range(2):
+        journal.once({"gone": [number]}, refuse)
+    journal.once({"gone": [9]}, lambda: [1.0])
+    assert journal.known_s == 400
+
+
 @pytest.mark.parametrize("job", ["a job", "another job"])
 def test_from_the_first_other_question_on_all_is_measured(path, job, caplog):
     journal = opened(path, job)
@@ -79,7 +111,8 @@ def test_a_torn_line_is_cut_off(path, cut, caplog):
     for number in range(2):
         journal.once({"gone": [number]}, refuse)
     assert journal.once({"gone": [2]}, lambda: [2 / 3, float("nan")])[0] == 2 / 3
-    assert path.read_bytes() == whole
+    again = opened(path)
+    assert [again.once({"gone": [number]}, refuse)[0] for number in range(3)] == [0, 1 / 3, 2 / 3]
 
 
 def test_any_changed_byte_is_noticed(path):

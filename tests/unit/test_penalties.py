@@ -106,6 +106,22 @@ def test_gap_norm_by_hand():
     assert gap_norm(gap, "l1", "frobenius").item() == pytest.approx(38)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("reduction", ["token-mean", "token-sum", "frobenius"])
+def test_the_mean_over_the_parts_of_a_step_is_the_size_of_its_gap(reduction, norm, parts):
+    gap = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
+    whole = gap_norm(gap, norm, reduction).item()
+    mean = sum(gap_norm(part, norm, reduction, parts) for part in gap.chunk(parts)).item() / parts
+    if reduction == "frobenius" and norm == "l2":
+        assert 0.97 * whole < mean <= whole * (1 + 1e-6), "no part knows the others' squares"
+        assert gap_norm(gap[:1], norm, reduction, 4).item() == pytest.approx(
+            gap_norm(gap[:1].repeat(4, 1, 1), norm, reduction).item()
+        )
+    else:
+        assert mean == pytest.approx(whole, rel=1e-5)
+
+
 def test_gap_norm_is_a_scalar_in_fp32_also_for_bf16():
     size = gap_norm(torch.ones(2, 3, 1024, dtype=torch.bfloat16))
     assert (size.shape, size.dtype) == (torch.Size([]), torch.float32)

@@ -36,6 +36,8 @@ def hint(name: str) -> str:
         ("zero_shot/piqa_drop<=2e-2", "zero_shot/piqa_drop", "<=", 0.02),
         ("zero_shot/arc-easy_drop>=-1", "zero_shot/arc-easy_drop", ">=", -1.0),
         ("vs_champion.ppl_ratio<=1.01", "vs_champion.ppl_ratio", "<=", 1.01),
+        ("slice_ratio/legal text<=1.1", "slice_ratio/legal text", "<=", 1.1),
+        ("vs_champion.ppl/my own notes >= 2", "vs_champion.ppl/my own notes", ">=", 2.0),
         ("round_trip==ok", "round_trip", "==", "ok"),
     ],
 )
@@ -52,6 +54,8 @@ def test_a_requirement_is_read(text, name, operator, bound):
         ("ppl_ratio", 9),
         ("ppl_ratio=1.1", 9),
         ("ppl_ratio =< 1.1", 10),
+        ("ppl_ratio 1.1", 10),
+        ("slice_ratio/legal text", 22),
         ("ppl_ratio<=", 11),
         ("ppl_ratio<=ten", 11),
         ("ppl_ratio<= nan", 12),

@@ -23,8 +23,10 @@ from tsp.export import export
 from tsp.promote import Wanted, promote
 from tsp.registered import compare, describe, find, overview
 from tsp.tracking.leftovers import leftovers, remove
+from tsp.tracking.manifest import download_name
 from tsp.tracking.registry import register_checkpoint
 from tsp.tracking.run import start_run
+from tsp.tracking.spool import sync
 from tsp.tracking.store import resolve_uri
 from tsp.tracking.versions import registry
 
@@ -183,8 +185,31 @@ def test_of_a_deleted_version_nothing_stays_but_of_a_running_job_all(site):
     assert kept.is_dir()
     assert running.is_dir()
     tracker.finish("FAILED")
+    assert running.parent not in [one.path for one in leftovers(site, unregistered=False)], "it may be resumed"
+    for path in (running, running.parent):
+        os.utime(path, (0, 0))
     found = leftovers(site, unregistered=False)
-    assert (running.parent, "its job has failed") in [(one.path, one.why) for one in found]
+    assert (running.parent, "its job ended FAILED more than a day ago") in [(one.path, one.why) for one in found]
+
+
+def test_logged_models_of_others_stay(site):
+    client = MlflowClient(resolve_uri(site))
+    run = client.create_run(client.create_experiment("theirs"))
+    logged = client.create_logged_model(run.info.experiment_id, name="theirs", source_run_id=run.info.run_id)
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.set_terminated(run.info.run_id)
+    assert not [one for one in leftovers(site, unregistered=True) if one.what == "logged model"]
+
+
+def test_a_registration_that_is_refused_for_good_holds_up_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    tracker = start_run(tmp_path, experiment=None, run_name=None, tags={}, params={})
+    checkpoint = make_checkpoint(tmp_path / "model")
+    assert tracker.register(checkpoint, "no/name", tags={}, description="", metadata={}) is None
+    tracker.finish("FINISHED")
+    assert sync(tmp_path) == []
+    assert MlflowClient(resolve_uri(tmp_path)).get_run(tracker.run_id).info.status == "FINISHED"
+    assert "MLflow refuses the registration" in caplog.text
 
 
 def test_checkpoints_that_nobody_registered_go_only_when_asked(site):
@@ -197,10 +222,13 @@ def test_checkpoints_that_nobody_registered_go_only_when_asked(site):
 
 
 def test_a_downloaded_version_stays_while_an_alias_leads_to_it(site):
-    for number in PPL:
-        (site / "mlruns" / "cache" / f"small-v{number}").mkdir(parents=True)
+    client = MlflowClient(resolve_uri(site))
+    names = [download_name(client.get_model_version("small", number), client.tracking_uri) for number in PPL]
+    for name in (*names, "small-v1-ofanotherone"):
+        (site / "mlruns" / "cache" / name).mkdir(parents=True)
     downloads = [one.path.name for one in leftovers(site, unregistered=False) if one.what == "download"]
-    assert downloads == ["small-v2"]
+    assert downloads == sorted([*names, "small-v1-ofanotherone"])[1:]
+    assert names[0] not in downloads
 
 
 def test_half_made_folders_go_when_they_are_old(site):

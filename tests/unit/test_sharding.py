@@ -7,7 +7,7 @@ import torch
 
 from tsp.config import load_config, nest
 from tsp.errors import ConfigError
-from tsp.sharding import read_json, resolve
+from tsp.sharding import AdamW, read_json, resolve, with_optimizer
 
 ZERO3_AUTO = {
     "train_batch_size": "auto",
@@ -142,6 +142,16 @@ def test_global_batch_is_the_same_on_any_number_of_ranks(ranks):
     filled = resolved(ZERO3_AUTO, world_size=ranks)
     micro, accumulation = filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]
     assert micro * accumulation * ranks == filled["train_batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("offload", "compiled"),
+    [(None, False), ({}, False), ({"device": "none"}, False), ({"device": "cpu"}, True), ({"device": "nvme"}, True)],
+)
+def test_only_an_offloaded_optimizer_has_to_be_compiled(offload, compiled):
+    sharding = resolved({"zero_optimization": {"stage": 2, "offload_optimizer": offload}})
+    optimizer = with_optimizer(sharding, AdamW(), world_size=1)["optimizer"]
+    assert ("torch_adam" not in optimizer["params"]) == compiled
 
 
 @pytest.mark.parametrize(

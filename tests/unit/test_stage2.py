@@ -136,6 +136,15 @@ def test_lambda2_in_units_of_the_loss_does_not_feel_the_scale_of_the_gap(norm, a
     assert units == pytest.approx([units[0]] * 3, rel=1e-5), "set once"
 
 
+@pytest.mark.parametrize("reduction", ["token-mean", "token-sum", "frobenius"])
+def test_the_penalty_does_not_depend_on_the_number_of_micro_batches(reduction):
+    settings = {"gates": "hold", "lambda2": 0.5, "lambda2_unit": "one", "gap_norm": "l1", "gap_reduction": reduction}
+    settings = {f"stage2__{key}": value for key, value in settings.items()} | {"stage2__steps": 2}
+    once, split = (transferred(train__accumulation=parts, **settings).tracker for parts in (1, 4))
+    for name in ("loss/gap", "gap/layer_001"):
+        assert split.series(f"stage2/{name}") == pytest.approx(once.series(f"stage2/{name}"), rel=1e-3)
+
+
 def test_a_closed_gate_leaves_nothing_to_be_weighed():
     made = transferred(stage2__gates="off", stage2__lambda2=0.5, stage2__steps=2)
     assert made.tracker.series("stage2/loss/gap") == [0, 0]

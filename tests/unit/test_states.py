@@ -109,7 +109,7 @@ def kept(folder):
 def test_the_last_two_are_kept_and_hold_nothing_frozen(tmp_path):
     made, _ = started(tmp_path, STAGE2, 0)
     transfer(made, DOOMED, save_dtype=torch.float32)
-    assert [path.name.rpartition("-")[0] for path in kept(tmp_path)] == ["00000004-stage2", "00000006-stage2"]
+    assert [path.name.split("-")[:2] for path in kept(tmp_path)] == [["00000004", "stage2"], ["00000006", "stage2"]]
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
     with safe_open(kept(tmp_path)[0], "pt") as file:
         names = set(file.keys())
@@ -131,6 +131,54 @@ def test_a_damaged_state_is_passed_over(tmp_path, damage, caplog):
     transfer(resumed, DOOMED, save_dtype=torch.float32)
     assert seen == [2, 3, 4, 5]
     assert f"{last} is damaged" in caplog.text
+
+
+def test_with_all_states_damaged_new_ones_are_kept(tmp_path):
+    whole, _ = started(tmp_path, STAGE2, 0)
+    transfer(whole, DOOMED, save_dtype=torch.float32)
+    for path in kept(tmp_path):
+        path.write_bytes(b"")
+    again, _ = started(tmp_path, STAGE2, 0, stop_after=3)
+    with pytest.raises(CutOff):
+        transfer(again, DOOMED, save_dtype=torch.float32)
+    resumed, seen = started(tmp_path, STAGE2, 0)
+    transfer(resumed, DOOMED, save_dtype=torch.float32)
+    assert seen == [2, 3, 4, 5]
+
+
+def test_each_question_keeps_its_own_states_whatever_their_step_numbers(tmp_path):
+    """As under a bound: the second number of layers that is tried begins where the first began."""
+    for doomed in (DOOMED, (0, 1)):
+        cut, _ = started(tmp_path, STAGE2, 0, stop_after=5 if doomed == DOOMED else 3)
+        with pytest.raises(CutOff):
+            transfer(cut, doomed, save_dtype=torch.float32)
+    (tmp_path / "00000099-stage2-0123456789abcdef.safetensors").touch()  # As an earlier version named them.
+    again, seen = started(tmp_path, STAGE2, 0)
+    transfer(again, DOOMED, save_dtype=torch.float32)
+    again.states.forget("stage2", {"doomed": list(DOOMED)})
+    other, seen_of_other = started(tmp_path, STAGE2, 0)
+    transfer(other, (0, 1), save_dtype=torch.float32)
+    assert (seen, seen_of_other) == ([4, 5], [2, 3, 4, 5])
+    assert [int(path.name[:8]) for path in kept(tmp_path)] == [4, 6, 99]
+    other.states.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_seconds_of_what_is_known_are_told(tmp_path):
+    cut, _ = started(tmp_path, STAGE2, 0, stop_after=5)
+    seconds, after_step = [], cut.after_step
+
+    def timed(stage, stats, gates):
+        seconds.append(stats.seconds)
+        after_step(stage, stats, gates)
+
+    cut.after_step = timed
+    with pytest.raises(CutOff):
+        transfer(cut, DOOMED, save_dtype=torch.float32)
+    resumed, _ = started(tmp_path, STAGE2, 0)
+    for _ in range(2):
+        assert resumed.states.last("stage2", {"doomed": list(DOOMED)}).seconds == pytest.approx(sum(seconds[:4]))
+    assert (cut.states.known_s, resumed.states.known_s) == (0, pytest.approx(2 * sum(seconds[:4])))
 
 
 def test_another_job_and_other_layers_know_nothing_of_it(tmp_path):

@@ -12,7 +12,16 @@ from tsp.errors import PromotionError
 from tsp.policy import Verdict
 from tsp.tracking import promotion
 from tsp.tracking.note import note_for
-from tsp.tracking.promotion import Decision, decisions, experiment_of, holder, locked, move, recorded
+from tsp.tracking.promotion import (
+    Decision,
+    decisions,
+    experiment_of,
+    holder,
+    line_of_holders,
+    locked,
+    move,
+    recorded,
+)
 from tsp.tracking.store import open_store, resolve_uri
 
 HOLDER = """
@@ -80,6 +89,16 @@ def test_an_alias_moves_and_the_one_before_is_found(client):
     assert aliases(client) == {"champion": "3", "previous_champion": "1"}
     carry_out(client, decision("1", "3", kind="rollback", behind=None))
     assert aliases(client) == {"champion": "1"}
+
+
+def test_rollbacks_go_back_turn_by_turn_where_a_version_had_two(client):
+    for version, previous in [("1", None), ("2", "1"), ("1", "2"), ("3", "1")]:
+        carry_out(client, decision(version, previous))
+    assert line_of_holders(decisions(client, "pruned"), "champion") == ["1", "2", "1", "3"]
+    carry_out(client, decision("1", "3", kind="rollback", behind="2"))
+    assert line_of_holders(decisions(client, "pruned"), "champion") == ["1", "2", "1"]
+    carry_out(client, decision("2", "1", kind="rollback", behind="1"))
+    assert line_of_holders(decisions(client, "pruned"), "champion") == ["1", "2"]
 
 
 def test_a_decision_is_a_run_with_its_requirements(client, tmp_path):

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tsp.evaluation.accuracy import accuracy, counted_tasks
+
 TOKENS_SERVED = 1_000_000
 
 
@@ -60,11 +62,12 @@ def measures(result: Mapping[str, Any]) -> dict[str, float]:
     found |= {name: written.get(name) for name in ("repetition", "agreement")}
     found["worst_slice"] = (result.get("worst_slice") or {}).get("ratio")
     found |= _tasks(result) | _speed(result) | _cost(result)
-    found["tuning_loss"] = result.get("tuning_loss")
     finite = {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+    # A model that diverged is the worst there is, and not one that was not measured.
+    if result.get("tuning_loss") is not None:
+        finite["tuning_loss"] = _or_infinite(result["tuning_loss"])
     for corpus, ppl in result["perplexity"].items():
-        # A model that diverged is the worst there is, and not one that was not measured.
-        pruned = ppl["pruned"] if math.isfinite(ppl["pruned"]) else math.inf
+        pruned = _or_infinite(ppl["pruned"])
         finite |= {f"ppl/{corpus}": pruned, f"ppl_ratio/{corpus}": pruned / ppl["dense"]}
     return finite
 
@@ -136,6 +139,10 @@ def of_the_table(found: Iterable[Column]) -> list[Column]:
     return [column for column in found if not column.name.startswith(_PAGE_ONLY)]
 
 
+def _or_infinite(value: float) -> float:
+    return float(value) if math.isfinite(value) else math.inf
+
+
 def _matching(pattern: Column, present: Sequence[str]) -> list[Column]:
     stem = pattern.name.removesuffix("*")
     if stem == pattern.name:
@@ -153,15 +160,11 @@ def _matching(pattern: Column, present: Sequence[str]) -> list[Column]:
 
 
 def _tasks(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """Accuracy of each task, length-normalised where the task has that, and their mean."""
-    scores = {
-        task: states["pruned"].get("acc_norm", states["pruned"].get("acc"))
-        for task, states in (result.get("tasks") or {}).items()
-        if "pruned" in states
-    }
-    measured = {task: score for task, score in scores.items() if score is not None}
-    mean = statistics.fmean(measured.values()) if measured else None
-    return {f"task/{task}": score for task, score in measured.items()} | {"tasks": mean}
+    """Accuracy of each task, members of groups too, and the mean over those that were asked for."""
+    scores = {task: accuracy(states.get("pruned", {})) for task, states in (result.get("tasks") or {}).items()}
+    counted = [score for task in counted_tasks(result) if (score := scores[task]) is not None]
+    mean = statistics.fmean(counted) if counted else None
+    return {f"task/{task}": score for task, score in scores.items()} | {"tasks": mean}
 
 
 def _speed(result: Mapping[str, Any]) -> dict[str, float | None]:

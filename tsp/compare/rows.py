@@ -130,6 +130,12 @@ def newest_of_each(jobs: Sequence[FinishedJob]) -> list[FinishedJob]:
     return list(newest.values())
 
 
+def all_but_the_amount(job: FinishedJob) -> dict[str, Any]:
+    """What makes a job another job, its budget too, but for the seed and how much calibration text it had."""
+    same = {key: value for key, value in _variant(job).items() if key not in ("data.max_blocks", "calibration text")}
+    return same | {"budget_s": settings_of(job)["budget_s"]}
+
+
 def _rows_of_cell(jobs: Sequence[FinishedJob], by: Sequence[str]) -> list[Row]:
     variants: dict[str, list[FinishedJob]] = {}
     for job in jobs:

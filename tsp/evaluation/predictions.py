@@ -77,11 +77,11 @@ def measure_predictions(
         windows = windows_b.cpu()
         tokens_bT = corpus.blocks[windows].to(windows_b.device)
         logits = forward(tokens_bT)[:, :-1]
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens_bT[:, 1:].flatten(), reduction="none")
         # loss, KL and agreement of every token; the latter two are 0 where nothing is compared
         values_b3T = torch.zeros(len(windows), 3, logits.shape[1], dtype=torch.float64, device=logits.device)
-        values_b3T[:, 0] = losses.view(len(windows), -1)
         for row, window in enumerate(windows.tolist()):
+            # Window by window: a copy of all logits in fp32 would be the largest tensor by far.
+            values_b3T[row, 0] = F.cross_entropy(logits[row].float(), tokens_bT[row, 1:], reduction="none")
             compared = reference.compared[window].to(logits.device)
             if is_dense:
                 reference.logits[window] = logits[row, compared].cpu()

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsp.config import bound_of
 from tsp.errors import ConfigError
 from tsp.yaml12 import read_yaml
 
 if TYPE_CHECKING:
     from tsp.config import JobConfig
+    from tsp.methods.base import Method, Transfer
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ TRANSFERS: Mapping[str, Move] = {
 }
 
 
-def score_verb(method: str) -> Callable[..., Any]:
+def score_verb(method: str) -> "Method":
     """The verb `score` of a method."""
     return _function(METHODS[method].verb)
 
@@ -103,7 +103,7 @@ def is_seeded(config: "JobConfig") -> bool:
     return entry.seeded and not (entry.verb == _GATES and config.stage1.schedule == "search")
 
 
-def transfer_verb(name: str) -> Callable[..., Any] | None:
+def transfer_verb(name: str) -> "Transfer | None":
     """The verb `transfer`; None where nothing is to be moved."""
     path = TRANSFERS[name].verb
     return _function(path) if path else None
@@ -132,6 +132,10 @@ def refuse_nonsense(config: "JobConfig") -> None:
         )
     if config.transfer == "stage2" and config.stage2.trainable == "none" and config.stage2.lr is None:
         raise ConfigError("stage2.trainable none moves gates, for which stage2.lr has to be given, got none; give 0.01")
+    if config.transfer == "stage2" and not any(dict(config.stage2.task).values()) and config.stage2.lr is None:
+        raise ConfigError(
+            "stage2.lr is found by the loss of stage2.task, got lm 0 and distill 0; give one of them, or stage2.lr=1e-4"
+        )
     if config.quantize and not config.save:
         raise ConfigError(
             f"quantize {config.quantize} starts from the pruned checkpoint, got save false, which writes none; "
@@ -142,14 +146,14 @@ def refuse_nonsense(config: "JobConfig") -> None:
             f"quantize {config.quantize} starts from the pruned checkpoint, and prune.method dense writes none; "
             "leave it out"
         )
-    _refuse_bounds_without_use(config)
+    _refuse_amounts(config)
 
 
-def _refuse_bounds_without_use(config: "JobConfig") -> None:
+def _refuse_amounts(config: "JobConfig") -> None:
     prune = config.prune
     asked = ("drop", "num_drop", "max_ppl_ratio", "min_speedup")
     stated = [f"prune.{name}" for name in asked if getattr(prune, name) is not None]
-    if bound_of(prune) and len(stated) > 1:
+    if len(stated) > 1:
         raise ConfigError(f"each of {' and '.join(stated)} says how many layers go; give one of them")
     if prune.max_ppl_ratio is not None and config.budget_s is not None:
         raise ConfigError(

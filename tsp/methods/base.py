@@ -1,8 +1,8 @@
 """What a method is, and what it is given.
 
 A method has a verb `score(bench, num_drop)` that returns an order of the layers; selection only cuts, protects and
-swaps it. A transfer is a verb of its own, `transfer(bench, doomed)`, so that every selection can be combined with every
-transfer. Neither knows of ranks, DeepSpeed or MLflow.
+swaps it. A transfer is a verb of its own, `transfer(bench, doomed, save_dtype=...)`, so that every selection can be
+combined with every transfer. Neither knows of ranks, DeepSpeed or MLflow.
 """
 
 import logging
@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from tsp.config import JobConfig
@@ -165,6 +166,9 @@ class Method(Protocol):
 
 
 class Transfer(Protocol):
-    """A way to move what the doomed layers know into the others; leaves the model unmounted and frozen."""
+    """A way to move what the doomed layers know into the others, whose weights then are values of `save_dtype`.
 
-    def __call__(self, bench: Bench, doomed: Collection[int]) -> Any: ...
+    Leaves the model unmounted and frozen.
+    """
+
+    def __call__(self, bench: Bench, doomed: Collection[int], *, save_dtype: torch.dtype) -> None: ...

@@ -148,6 +148,11 @@ def _register(client: "MlflowClient", run_id: str, record: Record) -> None:
         register_checkpoint(client.tracking_uri, Path(record["checkpoint"]), run_id=run_id, **wanted)
     except ModelError as error:
         raise ValueError(str(error)) from error  # The folder is gone.
+    except TrackingError as error:
+        # A right that one lacks, or a name that this registry does not take.
+        if getattr(error.__cause__, "error_code", None) in ("PERMISSION_DENIED", "INVALID_PARAMETER_VALUE"):
+            raise ValueError(str(error)) from error
+        raise
 
 
 def _set_status(client: "MlflowClient", run_id: str, record: Record) -> None:

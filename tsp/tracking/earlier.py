@@ -17,7 +17,7 @@ JOB_HASH = "job_hash"
 OUTPUT_TAG = "tsp.output"
 """Tag with the folder of a job."""
 RESUMED_TAG = "tsp.resumed"
-"""Tag of a run that was gone on with: its seconds are those since then, less what was known."""
+"""Tag of a run that was gone on with: its seconds are those since then, of the selection those before, too."""
 
 
 @dataclass(frozen=True, kw_only=True)

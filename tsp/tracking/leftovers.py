@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsp.safety import known_files
+from tsp.tracking.manifest import download_name
+from tsp.tracking.registry import CHECKPOINT_TAG
 from tsp.tracking.store import mlruns_folder
 from tsp.tracking.versions import model_names, registry, search_pages, versions_of
 
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
 _ENDED = ("FAILED", "KILLED")
 _HALF_MADE = (".register-", ".download-")
-_HALF_MADE_S = 24 * 3600
-"""A folder under a temporary name that was not touched for so long has nobody who writes it."""
+_UNTOUCHED_S = 24 * 3600
+"""A folder under a temporary name, or of a job that has ended early, is nobody's when nothing in it is younger."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def leftovers(root: Path, *, unregistered: bool) -> list[Leftover]:
         versions = [version for name in model_names(client) for version in versions_of(client, name)]
         return [
             *_outputs(client, mlruns / "output", versions, unregistered),
-            *_downloads(mlruns / "cache", versions),
+            *_downloads(mlruns / "cache", {download_name(one, client.tracking_uri) for one in versions if one.aliases}),
             *_logged_models(client, versions),
             *_half_made(mlruns),
         ]
@@ -98,7 +100,9 @@ def _outputs(
             continue
         status = _status(client, output.name)
         if status in _ENDED:
-            yield Leftover(what="output", why=f"its job has {status.lower()}", path=output)
+            # `--resume` goes on from it.
+            if _untouched(output):
+                yield Leftover(what="output", why=f"its job ended {status} more than a day ago", path=output)
         elif status == "deleted":
             yield Leftover(what="output", why="its run is deleted", path=output)
         elif status == "FINISHED" and (output / "model").is_dir():
@@ -120,8 +124,7 @@ def _has_all_of(client: "MlflowClient", version: "ModelVersion", checkpoint: Pat
     return all(sizes.get(file.name) == file.stat().st_size for file in known_files(checkpoint))
 
 
-def _downloads(folder: Path, versions: "list[ModelVersion]") -> Iterator[Leftover]:
-    kept = {f"{version.name}-v{version.version}" for version in versions if version.aliases}
+def _downloads(folder: Path, kept: set[str]) -> Iterator[Leftover]:
     for download in sorted(folder.iterdir()) if folder.is_dir() else ():
         if download.is_dir() and not download.name.startswith(".") and download.name not in kept:
             yield Leftover(what="download", why="no alias leads to it; it is fetched again when needed", path=download)
@@ -135,7 +138,7 @@ def _logged_models(client: "MlflowClient", versions: "list[ModelVersion]") -> It
     needed = {version.model_id for version in versions} | {version.source.rpartition("/")[2] for version in versions}
     experiments = [one.experiment_id for one in search_pages(client.search_experiments)]
     for model in search_pages(client.search_logged_models, experiments) if experiments else ():
-        if model.model_id in needed or not model.source_run_id:
+        if model.model_id in needed or CHECKPOINT_TAG not in model.tags:
             continue
         if _status(client, model.source_run_id) in ("RUNNING", "SCHEDULED", "unknown"):
             continue
@@ -148,10 +151,14 @@ def _logged_models(client: "MlflowClient", versions: "list[ModelVersion]") -> It
 def _half_made(mlruns: Path) -> Iterator[Leftover]:
     for pattern in ("output/.*", "output/*/.*", "output/*/*.tmp", "cache/.*"):
         for path in sorted(mlruns.glob(pattern)):
-            old = time.time() - path.stat().st_mtime > _HALF_MADE_S
             named = path.name.startswith((*_HALF_MADE, ".removed-")) or path.suffix == ".tmp"
-            if path.is_dir() and named and old:
+            if path.is_dir() and named and _untouched(path):
                 yield Leftover(what="half made", why="nobody has written to it for a day", path=path)
+
+
+def _untouched(folder: Path) -> bool:
+    newest = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+    return time.time() - newest > _UNTOUCHED_S
 
 
 def _status(client: "MlflowClient", run_id: str) -> str:

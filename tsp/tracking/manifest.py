@@ -7,6 +7,7 @@ The list lies beside the files as `manifest.json`; the version's tag holds the l
 changed without the other.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +36,15 @@ def write_manifest(folder: Path) -> str:
     hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1) + "\n")
     return sha256(folder / MANIFEST)
+
+
+def download_name(version: "ModelVersion", store: str) -> str:
+    """Folder in `mlruns/cache` of a version: other stores have other versions of that name and number.
+
+    So has the same store where a model was deleted and made again, which its files tell.
+    """
+    known = version.tags.get(MANIFEST_TAG) or hashlib.sha256(store.encode()).hexdigest()
+    return f"{version.name}-v{version.version}-{known[:12]}"
 
 
 def file_faults(client: "MlflowClient", version: "ModelVersion", *, checkpoint: Path | None = None) -> list[str] | None:

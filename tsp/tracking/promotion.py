@@ -229,7 +229,9 @@ def line_of_holders(history: Iterable[Recorded], alias: str) -> list[str]:
             line += [one.previous] if one.previous and line[-1:] != [one.previous] else []
             line.append(one.version)
         else:
-            line = line[: line.index(one.version) + 1] if one.version in line else [one.version]
+            # Its last turn: a version may have had it twice.
+            turns = [number for number, version in enumerate(line, start=1) if version == one.version]
+            line = line[: turns[-1]] if turns else [one.version]
     return line
 
 

@@ -24,7 +24,7 @@ from tsp.errors import ModelError, TrackingError
 from tsp.masking import masked
 from tsp.safety import known_files
 from tsp.tracking.existing import existing_store
-from tsp.tracking.manifest import MANIFEST_TAG, write_manifest
+from tsp.tracking.manifest import MANIFEST_TAG, download_name, write_manifest
 from tsp.tracking.store import http_limits, mlruns_folder, open_store, shown
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ REQUIREMENTS = ("torch", "transformers", "mlflow", "accelerate")
 UPLOAD_TIMEOUT_S = 600
 UPLOAD_RETRIES = 3
 """An upload is worth waiting for: a server may be silent for minutes while it passes a shard on to its bucket."""
+CHECKPOINT_TAG = "tsp.checkpoint"
+"""Of the logged models that are made here."""
 
 
 def register_checkpoint(
@@ -108,9 +110,8 @@ def checkpoint_path(uri: str, root: Path) -> Path:
             version = wanted if wanted.isdigit() else client.get_model_version_by_alias(name, wanted).version
             folder = _fetch(client, name, str(version), root)
     except MlflowException as error:
-        raise ModelError(
-            f"{uri} is not in the registry at {shown(store)}: {str(error).partition(chr(10))[0]}"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{uri} is not in the registry at {shown(store)}: {reason}") from error
     if not (folder / "config.json").is_file():
         raise ModelError(f"{uri} holds no Hugging Face checkpoint: {folder / 'config.json'} is missing")
     return folder
@@ -164,7 +165,8 @@ def _log_model(
     experiment_id = client.get_run(run_id).info.experiment_id
     # A registered model may have a dot in its name, a logged one may not.
     logged_name = re.sub(r"[^\w+ -]", "_", name)
-    logged = client.create_logged_model(experiment_id, name=logged_name, source_run_id=run_id, model_type="causal-lm")
+    tags = {CHECKPOINT_TAG: "true"}
+    logged = client.create_logged_model(experiment_id, logged_name, run_id, tags, model_type="causal-lm")
     try:
         location = logged.artifact_location
         if is_local_uri(location):
@@ -219,12 +221,8 @@ def _build(out: Path, checkpoint: Path, name: str, logged: "LoggedModel", metada
         tokenizer_type=type(tokenizer).__name__,
         torch_dtype=None,
     )
-    mlflow.pyfunc.add_to_model(
-        model,
-        loader_module="mlflow.transformers",
-        conda_env="conda.yaml",
-        python_env="python_env.yaml",
-    )
+    environment = {"conda_env": "conda.yaml", "python_env": "python_env.yaml"}
+    mlflow.pyfunc.add_to_model(model, loader_module="mlflow.transformers", **environment)
     model.save(str(out / "MLmodel"))
     return write_manifest(out)
 
@@ -289,7 +287,8 @@ def _fetch(client: "MlflowClient", name: str, version: str, root: Path) -> Path:
     location = client.get_model_version_download_uri(name, version)
     if is_local_uri(location):
         return Path(local_file_uri_to_path(location)) / "model"
-    cache = mlruns_folder(root) / "cache" / f"{name}-v{version}"
+    known = client.get_model_version(name, version)
+    cache = mlruns_folder(root) / "cache" / download_name(known, client.tracking_uri)
     if not cache.is_dir():
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".download-") as folder:

@@ -214,7 +214,7 @@ class _Training:
         self.gates.gaps.clear()
         with self.bench.decoder.hidden_states(config.hidden > 0) as states:
             logits_BTV = self.model(tokens_BT)
-        gaps = _sizes(self.gates, config)
+        gaps = _sizes(self.bench, self.gates)
         for index, size in gaps.items():
             self.gap_sizes[index] += size.detach() / self.bench.config.train.accumulation
         task = task_loss(
@@ -244,14 +244,16 @@ def _penalty_weight(bench: Bench, model: Mounted, gates: Gates) -> float:
         for tokens_BT, share in micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.transfer_seed):
             gates.gaps.clear()
             lm = lm_loss(model(tokens_BT), tokens_BT, share)
-            parts.append(torch.stack([lm, *_sizes(gates, config).values()]))
+            parts.append(torch.stack([lm, *_sizes(bench, gates).values()]))
     first = engine.mean(torch.stack(parts).mean(dim=0))
     gap = float(first[1:].sum())
     return config.lambda2 * float(first[0]) / gap if gap else config.lambda2
 
 
-def _sizes(gates: Gates, config: Stage2Config) -> dict[int, Tensor]:
-    return {index: gap_norm(gap, config.gap_norm, config.gap_reduction) for index, gap in gates.gaps.items()}
+def _sizes(bench: Bench, gates: Gates) -> dict[int, Tensor]:
+    """Of this micro-batch's gaps, by layer; the mean over those of a step, on all ranks, is the step's."""
+    config, parts = bench.config.stage2, bench.engine.world_size * bench.config.train.accumulation
+    return {index: gap_norm(gap, config.gap_norm, config.gap_reduction, parts) for index, gap in gates.gaps.items()}
 
 
 def _make_trainable(bench: Bench, doomed: Collection[int]) -> None:
