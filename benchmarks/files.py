@@ -4,8 +4,8 @@
 
 A synthetic checkpoint of 2 GiB in bf16. `load` reads it into ZeRO-3 shards, `save` writes it out of them without three
 layers, `drop` does so from file to file. The copy is `shutil.copyfile` and `fsync` of each weight file; all take turns
-for three rounds, medians of
-the GiB/s read or written. The files are in the system's cache, as none of this is about the disk.
+for three rounds, medians of the GiB/s read or written. The files are in the system's cache, as none of this is about
+the disk.
 """
 
 import argparse
@@ -61,6 +61,7 @@ def measure(place: Path) -> dict[str, float]:
     target = place / "target"
 
     def timed(name: str, act: Callable[[], object], folder: Path) -> object:
+        os.sync()  # Else a disk that still discards what was removed before is waited for here.
         started = time.perf_counter()
         result = act()
         found[name].append(weights_gib(folder) / (time.perf_counter() - started))
