@@ -93,6 +93,7 @@ def evaluate_model(
             for corpus, row in states["model"].perplexity.items()
         },
         "ppl": measured.pop("perplexity"),
+        "asked_tasks": list(config.eval.tasks),
         **measured,
         "parameters": {state: one.num_parameters for state, one in sources.items()},
         "size_gib": {state: size_gib(one) for state, one in sources.items()},

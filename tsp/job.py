@@ -8,6 +8,7 @@ The jobs of a sweep are prepared by one `Preparation`, which opens each model an
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tsp.config import JobConfig, number_to_drop
 from tsp.data import Corpora, Corpus, load_corpora
 from tsp.evaluation.generation_speed import check_fits
 from tsp.evaluation.zero_shot import Tasks, open_tasks
-from tsp.machine import is_first_node, weights_dtype
+from tsp.machine import is_first_node, require_restorable, weights_dtype
 from tsp.masking import masked
 from tsp.methods import TRANSFERS
 from tsp.plan import Plan, make_plan
@@ -118,6 +119,7 @@ class Preparation:
         dtype = weights_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         hidden_size = source.config.get_text_config(decoder=True).hidden_size
         sharding = resolve(self._content, config, world_size=self._world_size, hidden_size=hidden_size, dtype=dtype)
+        _check_restorable(config, sharding)
         check_fits(config.eval, source.max_positions)
         corpora, tasks = self._open_texts(config, source)
         plan = make_plan(
@@ -197,6 +199,14 @@ def inputs_of(*jobs: Job) -> dict[str, Any]:
         "model files": sorted((path.name, path.stat().st_size) for path in files),
         "texts": [corpus.fingerprint for job in jobs for corpus in (job.calibration, *job.evals)],
     }
+
+
+def _check_restorable(config: JobConfig, sharding: Mapping[str, Any]) -> None:
+    """Of what puts weights back within one job, see `Engine.restored`."""
+    if config.prune.method == "laco" and config.prune.drop is None:
+        require_restorable(sharding, "prune.method laco", "give another method")
+    if config.prune.max_ppl_ratio is not None and config.transfer != "none":
+        require_restorable(sharding, "prune.max_ppl_ratio", "give prune.num_drop")
 
 
 def _protected(config: JobConfig, source: Source) -> frozenset[int]:

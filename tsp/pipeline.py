@@ -22,7 +22,7 @@ from tsp.engine import Engine
 from tsp.evaluation.state import Exam, evaluate_state
 from tsp.job import Job
 from tsp.journal import Journal
-from tsp.machine import put_back, require_restorable
+from tsp.machine import put_back
 from tsp.methods import transfer_check, transfer_verb
 from tsp.methods.base import Bench
 from tsp.numbers import require_finite
@@ -82,7 +82,6 @@ def run_job(
     Returns:
         As `prune`.
     """
-    _check_restorable(job, shared)
     resume = earlier.run_id if earlier else None
     with tracked(engine, lambda: open_run(job, engine, root, parent, resume=resume)) as (tracker, run_id):
         output = earlier.output if earlier else (job.output or root / "mlruns" / "output" / run_id).absolute()
@@ -110,12 +109,7 @@ def make_bench(
     journal: Journal | None = None,
     states: States | None = None,
 ) -> Bench:
-    """What a method works with; the model is loaded if no job before this one did.
-
-    Raises:
-        ConfigError: weights will have to be put back and are offloaded to where they cannot be.
-    """
-    _check_restorable(job, shared)
+    """What a method works with; the model is loaded if no job before this one did."""
     load_model = partial(_load, job, engine)
     return Bench(
         config=job.config,
@@ -141,17 +135,6 @@ def transfer(job: Job, bench: Bench, doomed: tuple[int, ...], watch: Stopwatch) 
         bench.seconds_left = bench.engine.from_first(job.config.budget_s - watch.seconds["select"])
     with watch("transfer"):
         move(bench, doomed, save_dtype=job.source.dtype)
-
-
-def _check_restorable(job: Job, shared: Shared) -> None:
-    """Of what restores weights, see `Engine.restored`; before a run is opened."""
-    prune, moves = job.config.prune, job.config.transfer != "none"
-    if prune.method == "laco" and prune.drop is None:
-        require_restorable(job.sharding, "prune.method laco", "give another method")
-    if prune.max_ppl_ratio is not None and moves:
-        require_restorable(job.sharding, "prune.max_ppl_ratio", "give prune.num_drop")
-    if shared.more_to_come and moves:
-        require_restorable(job.sharding, "a job that others follow", "run one at a time")
 
 
 def _run(

@@ -102,13 +102,9 @@ def run_sweep(jobs: Sequence[Job], root: Path) -> tuple[list[Child], dict[str, s
     # By name, as each node has copies of the model's files whose dates are their own, and with them another hash.
     names = engine.on_first(lambda: [job.hash for job in jobs])
     finished, failed = engine.on_first(lambda: _earlier(jobs, root))
-    children = {
-        name: Child(job.varied, "SKIPPED", finished[name])
-        for name, job in zip(names, jobs, strict=True)
-        if name in finished
-    }
-    left = [(name, job) for name, job in zip(names, jobs, strict=True) if name not in finished]
-    left.sort(key=lambda named: named[0] in failed)
+    named = list(zip(names, jobs, strict=True))
+    children = {name: Child(job.varied, "SKIPPED", finished[name]) for name, job in named if name in finished}
+    left = sorted((one for one in named if one[0] not in finished), key=lambda one: one[0] in failed)
     with tracked(engine, lambda: _open_parent(jobs, root)) as (tracker, parent):
         shared = Shared()
         for number, (name, job) in enumerate(left, start=1):

@@ -106,7 +106,7 @@ def test_the_keys_of_the_contract_stay_and_the_numbers_are_plain(inputs, alone):
     assert set(alone) == {
         "schema", "model", "against", "perplexity", "ppl", "ppl_interval", "ppl_ratio_interval", "fidelity", "slices",
         "worst_slice", "generation", "tasks", "speed", "parameters", "size_gib", "kv_cache_bytes_per_token",
-        "weights_gib", "peak_memory_gib", "corpora",
+        "weights_gib", "peak_memory_gib", "corpora", "asked_tasks",
     }  # fmt: skip
     for state, model in (("dense", dense), ("model", other)):
         loss = torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in blocks]).mean()

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from tests.models import REPOSITORY, bench, corpus_file, engine, job, model_fold
 from tsp.errors import ConfigError, ModelError
 from tsp.job import prepare
 from tsp.methods.trsp.stage2 import transfer
-from tsp.pipeline import make_bench, run_job
-from tsp.shared import Shared, Stopwatch
-from tsp.tracking.null import NullTracker
+from tsp.search import prepare_search
+from tsp.space import default_space, read_space
+from tsp.sweep import prepare_sweep
 
 LAYERS = 4
 DOOMED = (1, 2)
@@ -34,35 +35,56 @@ def test_restored_weights_are_bit_identical_after_a_transfer(trainable, stage):
     assert not any(parameter.requires_grad for parameter in made.decoder.model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("more_to_come", "settings", "refusal"),
-    [
-        (True, {}, "a job that others follow puts weights back.*run one at a time"),
-        (False, {"prune__max_ppl_ratio": 1.1, "data__tuning_blocks": 2}, "prune.max_ppl_ratio .*give prune.num_drop"),
-        (False, {"prune__method": "laco", "transfer": "merge"}, "prune.method laco .*give another method"),
-        (False, {}, None),
-        (True, {"transfer": "none"}, None),
-    ],
-    ids=["others follow", "bound", "laco", "alone", "nothing moves"],
-)
-def test_weights_on_a_disk_are_not_put_back(tmp_path, more_to_come, settings, refusal):
+@pytest.fixture
+def on_a_disk(tmp_path):
+    """The arguments of a job whose weights are offloaded to a disk: its config by settings, and the rest."""
     paths = {
         "model__path": str(model_folder(tmp_path / "tiny", tiny_model(num_layers=LAYERS))),
         "data__source": str(corpus_file(tmp_path / "text.jsonl", tokens(80, 16))),
     }
-    config = job(**paths, eval__block_tokens=16, **settings)
-    made = prepare(config, REPOSITORY / "ds_configs/zero_infinity.json", None, root=tmp_path, world_size=1)
-    shared, own = Shared(more_to_come=more_to_come), engine(config)
-    if refusal is None:
-        make_bench(made, own, NullTracker(), shared=shared, watch=Stopwatch())
+    ds = REPOSITORY / "ds_configs/zero_infinity.json"
+    yield lambda **settings: job(**paths, eval__block_tokens=16, **settings), ds, {"root": tmp_path, "world_size": 1}
+    assert not (tmp_path / "mlruns").exists(), "nothing is opened"
+
+
+def refusal(reason):
+    return pytest.raises(ConfigError, match=rf"^--ds: zero_optimization.offload_param.device is nvme, and {reason}$")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"prune__max_ppl_ratio": 1.1, "data__tuning_blocks": 2}, "prune.max_ppl_ratio .*give prune.num_drop"),
+        ({"prune__method": "laco", "transfer": "merge"}, "prune.method laco .*give another method"),
+        ({}, None),
+    ],
+    ids=["bound", "laco", "nothing to put back"],
+)
+def test_weights_on_a_disk_are_not_put_back(on_a_disk, settings, reason):
+    config_of, ds, rest = on_a_disk
+    if reason is None:
+        assert prepare(config_of(**settings), ds, None, **rest)
         return
-    refusal = f"^--ds: zero_optimization.offload_param.device is nvme, and {refusal}$"
-    with pytest.raises(ConfigError, match=refusal) as caught:
-        run_job(made, own, tmp_path, shared)
+    with refusal(reason) as caught:
+        prepare(config_of(**settings), ds, None, **rest)
     assert len(str(caught.value)) <= 200
-    assert not (tmp_path / "mlruns").exists(), "no run is opened"
-    with pytest.raises(ConfigError, match=refusal):  # As `tsp tune` begins.
-        make_bench(made, own, NullTracker(), shared=shared, watch=Stopwatch())
+
+
+def test_weights_on_a_disk_are_not_put_back_for_the_next_job(on_a_disk):
+    config_of, ds, rest = on_a_disk
+    for moves in ("none", "stage2"):
+        jobs = [({"seed": seed}, config_of(seed=seed, transfer=moves)) for seed in (0, 1)]
+        with nullcontext() if moves == "none" else refusal("a sweep puts weights back.*run one job at a time"):
+            assert len(prepare_sweep(jobs, ds, None, **rest)) == 2
+
+
+def test_weights_on_a_disk_are_not_put_back_for_the_next_trial(on_a_disk, tmp_path):
+    config_of, ds, rest = on_a_disk
+    config = config_of()
+    space = read_space(default_space(config), config)
+    limits = {"minutes": 1.0, "max_trials": 2, "best": tmp_path / "tuned.yaml"}
+    with refusal("tsp tune puts weights back.*tune another sharding.*"):
+        prepare_search(config, space, ds, **limits, differing=lambda config: {}, **rest)
 
 
 def whole(made) -> dict[str, torch.Tensor]:

@@ -67,9 +67,10 @@ def test_the_largest_drop_is_of_the_tasks_asked_for_as_far_as_they_have_numbers(
     drops = {"mmlu": 0.03, "mmlu_law": 0.2}
     tasks = {task: {"dense": {"acc": 0.5}, "pruned": {"acc": 0.5 - drop}} for task, drop in drops.items()}
     tasks |= {"bare_group": {"dense": {}, "pruned": {}}, "wikitext": {"dense": {"ppl": 9.0}, "pruned": {"ppl": 9.5}}}
-    measured = measured_of(result(tasks=tasks, settings={"eval.tasks": asked}))
-    assert measured["zero_shot_drop"] == pytest.approx(worst)
-    assert measured["zero_shot/mmlu_law_drop"] == pytest.approx(0.2)
+    for said in ({"settings": {"eval.tasks": asked}}, {"asked_tasks": asked}):
+        measured = measured_of(result(tasks=tasks, **said))
+        assert measured["zero_shot_drop"] == pytest.approx(worst)
+        assert measured["zero_shot/mmlu_law_drop"] == pytest.approx(0.2)
 
 
 def test_tables_and_promotions_mean_the_same_accuracy():

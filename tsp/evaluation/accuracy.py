@@ -29,11 +29,12 @@ def accuracy(metrics: Mapping[str, float]) -> float | None:
 def counted_tasks(result: Mapping[str, Any]) -> list[str]:
     """The tasks that were asked for, in the order measured: a group counts once, and its members do not beside it.
 
-    All that were measured where the settings are not there, or name what has no numbers of its own (a tag, a group
-    without a total): which tasks are its members is not in a result.
+    All that were measured where it is not said, or one of them has no numbers of its own (a tag, a group without a
+    total): which tasks are its members is not in a result.
     """
     measured = result.get("tasks") or {}
-    asked = (result.get("settings") or {}).get("eval.tasks") or ()
+    # What `tsp evaluate` prints has no settings.
+    asked = result.get("asked_tasks") or (result.get("settings") or {}).get("eval.tasks") or ()
     if asked and all(any(measured.get(name, {}).values()) for name in asked):
         return [name for name in measured if name in asked]
     return list(measured)
