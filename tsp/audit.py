@@ -4,14 +4,14 @@ document = audit("demo-pruned", root=Path.cwd(), alias=None, files=True)
 sound = not document["faults"]
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tsp.policy import check_alias
 from tsp.tracking.manifest import file_faults
-from tsp.tracking.promotion import ACCEPTED, PREVIOUS, Recorded, decisions, line_of_holders
+from tsp.tracking.promotion import ACCEPTED, PREVIOUS, Recorded, before_last, decisions, line_of_holders
 from tsp.tracking.versions import registry, versions_of
 
 
@@ -41,7 +41,8 @@ def audit(name: str, *, root: Path, alias: str | None, files: bool) -> dict[str,
         if alias is not None:
             holders = {held: number for held, number in holders.items() if held.removeprefix(PREVIOUS) == alias}
         checked = {str(version.version): file_faults(client, version) for version in versions} if files else {}
-    faults = [*_moved(holders, history), *_interrupted(history)]
+    there = {str(version.version) for version in versions}
+    faults = [*_moved(holders, history, there), *_interrupted(history)]
     faults += [f"version {number}: {fault}" for number, found in checked.items() for fault in found or []]
     return {
         "model": name,
@@ -54,13 +55,14 @@ def audit(name: str, *, root: Path, alias: str | None, files: bool) -> dict[str,
     }
 
 
-def _moved(holders: dict[str, str], history: Sequence[Recorded]) -> Iterator[str]:
+def _moved(holders: dict[str, str], history: Sequence[Recorded], there: Collection[str]) -> Iterator[str]:
     """Aliases that are not where the decisions left them."""
     decided: dict[str, str] = {}
     for alias in {one.alias for one in history}:
         line = line_of_holders(history, alias)
         decided |= {alias: line[-1]} if line else {}
-        decided |= {f"{PREVIOUS}{alias}": line[-2]} if len(line) > 1 else {}
+        before = before_last(line, there)
+        decided |= {f"{PREVIOUS}{alias}": before} if before else {}
     for alias in sorted({*holders, *decided}):
         found, last = holders.get(alias), decided.get(alias)
         if found == last:

@@ -5,14 +5,14 @@ work of a step is known (`footprint.py`), so its time gives the speed. The proce
 model, and then more than is live: freed memory that the allocator keeps, in proportion to what a step makes.
 """
 
-import os
 import statistics
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
 import torch
 
-from tsp.capacity import GIB, Estimate, Fleet
+from tsp.capacity import GIB, Estimate, Fleet, Phase
 from tsp.config import JobConfig
 from tsp.decoder import Decoder
 from tsp.engine import Engine
@@ -71,8 +71,13 @@ def measured_device(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]
         node_gb_s=_LINKS_GB_S,
         network_gb_s=_LINKS_GB_S,
         reserved_gib=reserved_gib,
-        slack=max(1.0, *(phases[name].slack(peak - beside_gib) for name, peak in peaks.items())),
+        slack=max(1.0, *(slack(phases[name], peak - beside_gib) for name, peak in peaks.items())),
     )
+
+
+def slack(phase: Phase, held_gib: float) -> float:
+    """With which so much is held in all: `Gpu.slack`."""
+    return 1 + (held_gib - phase.total_gib) / phase.memory_gib["step"]
 
 
 def probe_of(config: JobConfig) -> JobConfig:
@@ -114,7 +119,7 @@ def _reserved_gib(bench: Bench) -> float:
 def _memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIB
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return psutil.virtual_memory().total / GIB
 
 
 def random_bench(shape: Shape, config: JobConfig, sharding: Mapping[str, Any]) -> Bench:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from tsp.config import JobConfig, number_to_drop
+from tsp.config import JobConfig, bound_of, number_by_ratio, number_to_drop
 from tsp.footprint import Pass, Shape
 from tsp.methods import TRANSFERS, is_learned
 from tsp.selection import rungs
 from tsp.settings import Gpu
 from tsp.sharding import offloads
 from tsp.space import with_settings
+from tsp.states import KEPT
 
 GIB = 2**30
 _MAX_LIVE_PARAMETERS = 10**9
@@ -70,10 +71,6 @@ class Phase:
     def total_gib(self) -> float:
         return sum(self.memory_gib.values())
 
-    def slack(self, held_gib: float) -> float:
-        """With which so much is held in all: `Gpu.slack`."""
-        return 1 + (held_gib - self.total_gib) / self.memory_gib["step"]
-
     def seconds(self, fleet: Fleet) -> float:
         """Computing and gathering overlap: the slower one counts."""
         computing = self.flops / (fleet.ranks * fleet.gpu.tflops * 1e12 * fleet.gpu.utilisation)
@@ -104,7 +101,9 @@ class Estimate:
         self.config, self.shape, self.fleet = config, shape, fleet
         self._sharding, self._dtype = sharding, dtype
         self._zero = sharding["zero_optimization"]
-        self._num_drop = number_to_drop(config.prune, shape.num_layers) or 1
+        wanted = number_to_drop(config.prune, shape.num_layers)
+        # Under a bound nobody knows; that of the ratio is what a search tries first.
+        self.num_drop = number_by_ratio(config.prune, shape.num_layers) if wanted is None else max(1, wanted)
 
     @cached_property
     def phases(self) -> list[Phase]:
@@ -122,13 +121,14 @@ class Estimate:
     @property
     def checkpoint_gib(self) -> float:
         """Of the pruned model in bf16."""
-        kept = self.shape.num_parameters - self._num_drop * max(self.shape.layer_parameters)
+        kept = self.shape.num_parameters - self.num_drop * max(self.shape.layer_parameters)
         return 2 * kept / GIB
 
     @property
     def disk_gib(self) -> float:
-        """Dense and pruned checkpoint, the registry's copy of the latter, two training states."""
-        states = 2 * _ADAM_BYTES * self._trained() / GIB if self._trains else 0.0
+        """Dense and pruned checkpoint, the registry's copy of the latter, training states."""
+        numbers = 2 if self.config.prune.max_ppl_ratio else 1  # A search keeps its best one's, too.
+        states = numbers * KEPT * _ADAM_BYTES * self._trained() / GIB if self._trains else 0.0
         return 2 * self.shape.num_parameters / GIB + 2 * self.checkpoint_gib + states
 
     def changes(self) -> "Iterator[tuple[str, Estimate]]":
@@ -215,7 +215,7 @@ class Estimate:
     def _selection(self) -> Phase:
         config, block_tokens = self.config, self._block_tokens(self.config.data.block_tokens)
         if is_learned(config) and config.prune.drop is None:
-            rounds = self._num_drop if config.stage1.schedule == "greedy" else 1
+            rounds = self.num_drop if config.stage1.schedule == "greedy" else 1
             tokens = rounds * config.stage1.steps * config.train.batch_size * block_tokens
             return self._phase("select", self._weights(), self._learning("gates"), tokens=tokens, gathers=2)
         blocks = config.prune.score_blocks * self._scoring_passes() * self._idle() + config.prune.verify_blocks
@@ -233,7 +233,7 @@ class Estimate:
         config, num_layers = self.config.prune, self.shape.num_layers
         if config.drop is not None or config.method in ("random", "tail", "magnitude", "dense"):
             return 0.0
-        plain = sum(num_layers - gone for gone in range(self._num_drop))
+        plain = sum(num_layers - gone for gone in range(self.num_drop))
         swaps = config.swap_rounds * num_layers / 2
         return {"tsp": _SEARCH_SHARE * plain, "sleb": plain / 2, "ppl": num_layers / 2}.get(config.method, 1.0) + swaps
 
@@ -241,7 +241,7 @@ class Estimate:
         config = self.config.stage2
         if not self._trains:
             return []
-        one = replace(self._learning("transfer"), stage2=config, num_doomed=self._num_drop)
+        one = replace(self._learning("transfer"), stage2=config, num_doomed=self.num_drop)
         copy = config.trainable == "full" and config.has_teacher
         owners = self.fleet.ranks if self._zero["stage"] >= 1 else 1
         optimizer = 0.0 if offloads(self._zero, "optimizer") else _ADAM_BYTES * self._trained() / owners / GIB
@@ -259,7 +259,7 @@ class Estimate:
         )
 
     def _trained(self) -> int:
-        kept = self.shape.num_layers - (self._num_drop if self.config.stage2.gates == "off" else 0)
+        kept = self.shape.num_layers - (self.num_drop if self.config.stage2.gates == "off" else 0)
         if self.config.stage2.trainable == "full":
             return self.shape.num_parameters - (self.shape.num_layers - kept) * max(self.shape.layer_parameters)
         if self.config.stage2.trainable == "none":
@@ -286,6 +286,8 @@ def as_dict(estimate: Estimate) -> dict[str, Any]:
         "model": estimate.shape.name,
         "parameters": estimate.shape.num_parameters,
         "num_layers": estimate.shape.num_layers,
+        "num_drop": estimate.num_drop,
+        "bound": bound_of(estimate.config.prune),
         "nodes": fleet.nodes,
         "gpus_per_node": fleet.gpus,
         "gpu": fleet.gpu.model_dump(),

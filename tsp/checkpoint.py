@@ -4,6 +4,7 @@ A folder is written beside its final place and renamed, so it appears whole or n
 """
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from tsp.decoder import Decoder
 from tsp.errors import ConfigError, ModelError
-from tsp.files import sync
-from tsp.fresh import run_fresh
+from tsp.files import require_writable, sync
+from tsp.fresh import told_fresh
 from tsp.masking import one_line
 from tsp.progress import phase
 from tsp.safety import known_files
@@ -66,6 +67,9 @@ def load(source: Source, dtype: torch.dtype, loading: AbstractContextManager[Non
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        # A disk that fails, or no room in memory, is not the model's fault.
+        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
+            raise
         raise ModelError(f"model {source.name} cannot be loaded: {one_line(error)}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
         faults = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -90,7 +94,7 @@ def save_without(
 
     Args:
         decoder: the model, in the original numbering.
-        source: where it came from; gives config, dtype on disk and tokenizer.
+        source: where it came from; gives config, dtypes on disk and tokenizer.
         dropped: indices that go.
         output: folder to make; must not exist.
         gathered: `engine.Engine.gathered`.
@@ -102,6 +106,7 @@ def save_without(
     kept = kept_layers(source.num_layers, dropped)
     config = _config(decoder.model, source, kept)
     tensors = _named_tensors(decoder.model, source.stack, kept)
+    dtypes = {renamed(name, source.stack, kept): dtype for name, dtype in source.other_dtypes.items()}
     shards = _shards(tensors, source)
     with whole_or_not_at_all(output) if write else nullcontext(output) as folder:
         weight_map: dict[str, str] = {}
@@ -110,7 +115,7 @@ def save_without(
             for name in names:
                 with gathered([tensors[name]]):
                     if write:
-                        shard[name] = _on_disk(tensors[name], source.dtype)
+                        shard[name] = _on_disk(tensors[name], dtypes.get(name, source.dtype))
             if write:
                 # Some families are held otherwise in memory (experts in one tensor): the file is to be as it was.
                 shard = {
@@ -149,8 +154,12 @@ def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def require_new(output: Path) -> None:
+def require_new(output: Path, *, at_once: bool = False) -> None:
     """A folder to be made must be new or empty, and where it can be written; tried now, not after hours of work.
+
+    Args:
+        output: the folder.
+        at_once: it is to be put in its place by `whole_or_not_at_all`, beside which it is made.
 
     Raises:
         ConfigError: it is not.
@@ -158,12 +167,9 @@ def require_new(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output} must be a new or an empty folder, it is not")
     output = output.absolute()
-    there = next(folder for folder in (output, *output.parents) if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from None
+    if at_once and output.is_mount():
+        raise ConfigError(f"--output {output} is where a disk is mounted, and stays; give a folder in it")
+    require_writable(output.parent if at_once else output, f"--output {output}")
 
 
 def prove(pruned: Source, tokens_BT: Tensor, logits_BTV: Tensor | None) -> dict[str, Any]:
@@ -188,12 +194,10 @@ def prove(pruned: Source, tokens_BT: Tensor, logits_BTV: Tensor | None) -> dict[
         expected = {} if logits_BTV is None else {"logits": logits_BTV.cpu().contiguous()}
         code = ["--trust-remote-code"] * pruned.trust_remote_code
         save_file({"tokens": tokens_BT.cpu().contiguous(), **expected}, probe)
-        done = run_fresh("tsp.proof", str(pruned.folder), str(probe), *code)
-    if done.returncode:
-        raise ModelError(
-            f"the pruned checkpoint {pruned.folder} does not load: {done.stderr.strip().splitlines()[-1:]}"
-        )
-    proof = json.loads(done.stdout)
+        try:
+            proof = told_fresh("tsp.proof", str(pruned.folder), str(probe), *code)
+        except ChildProcessError as error:
+            raise ModelError(f"the pruned checkpoint {pruned.folder} does not load: {error}") from None
     if pruned.text_only:
         proof["unexpected"] = []  # What is beside the text is there, and is not loaded.
     return proof | {"faults": _faults(proof, torch.float32 if logits_BTV is None else logits_BTV.dtype)}
@@ -216,7 +220,8 @@ def _faults(proof: dict[str, Any], dtype: torch.dtype) -> list[str]:
 @contextmanager
 def whole_or_not_at_all(output: Path) -> Iterator[Path]:
     """A folder to write into that becomes `output` when the block ends, synced, and is removed when it fails."""
-    temporary = output.with_name(output.name + ".tmp")
+    output = output.absolute()
+    temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

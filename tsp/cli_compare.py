@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from tsp.errors import ConfigError
 from tsp.exits import exit_codes, stdout_kept_clean
 from tsp.masking import masked
 from tsp.options import Command
@@ -28,6 +29,10 @@ def compare(
 ) -> None:
     """Compare the finished jobs of an experiment: tables, what is more than chance, and who won, in words."""
     with exit_codes(debug=debug), stdout_kept_clean() as stdout:
+        if price_per_hour is not None and report is None:
+            raise ConfigError("--price-per-hour is for the page's table of costs; give --report FILE.html, too")
+        if report is not None and report.is_dir():
+            raise ConfigError(f"--report must be the file to write, got the folder {report}")
         from tsp.compare.groups import compare as make_comparison
         from tsp.compare.outputs import as_document
         from tsp.compare.page import write_report

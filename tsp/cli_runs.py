@@ -1,6 +1,7 @@
 """The commands that put a store in order after crashes and outages: sync, runs reap."""
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -14,16 +15,18 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 @click.command(cls=Command)
 @_json
 def sync(as_json: bool) -> None:
-    """Deliver to MLflow what earlier jobs could not."""
+    """Deliver to MLflow what earlier jobs could not; exit 1 where some of it is left."""
     with exit_codes(), stdout_kept_clean() as stdout:
         from tsp.tracking.spool import sync as deliver
 
-        delivered = [entry._asdict() for entry in deliver(Path.cwd())]
+        found = deliver(Path.cwd())
+        delivered = [entry._asdict() for entry in found]
         if as_json:
             print(json.dumps(delivered), file=stdout)
         else:
             for entry in delivered or [{"nothing": "left to deliver"}]:
                 print(" ".join(f"{key} {value}" for key, value in entry.items()), file=stdout)
+    sys.exit(1 if any(entry.left for entry in found) else 0)
 
 
 @click.group(cls=Group)

@@ -172,10 +172,11 @@ def bound_of(config: PruneSection) -> str | None:
 
 def _merge(base: dict[str, Any], layer: Mapping[str, Any]) -> None:
     for key, value in layer.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+        if not isinstance(value, Mapping):
+            base[key] = value
+        elif isinstance(base.setdefault(key, {}), dict):
             _merge(base[key], value)
-        else:
-            base[key] = dict(value) if isinstance(value, Mapping) else value
+        # Else a section was given a value before, which is a fault to be told and not to be replaced.
 
 
 def _fault(fault: Any) -> str:

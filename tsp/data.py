@@ -9,6 +9,7 @@ token belongs to which slice (see `slices.py`); slices change no token.
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,14 +106,15 @@ def load_corpora(config: JobConfig, tokenizer: Any, max_positions: int) -> Corpo
         held_out = _tokenize(data.source, tokenizer, slices) if own_side else _joined(data.source, tenths, {_HELD_OUT})
         window = _block_tokens("eval", evaluation.block_tokens, max_positions)
         # What is measured on counts whole.
-        evals = [_corpus(replace(held_out, counts=[]), window, evaluation.max_blocks, slices)]
+        part = "" if own_side else " in the tenth that is held out, unless --eval-data names other text"
+        evals = [_corpus(replace(held_out, counts=[]), window, evaluation.max_blocks, slices, part)]
         _check_slices(config, slices, evals)
         used = set() if own_side else {_HELD_OUT}
     tuning = None
     if data.tuning_blocks:
         used.add(_TUNING)
-        text = _joined(f"{data.source} (the tenth for data.tuning_blocks)", tenths, {_TUNING})
-        tuning = _corpus(text, block_tokens, data.tuning_blocks)
+        text = _joined(data.source, tenths, {_TUNING})
+        tuning = _corpus(text, block_tokens, data.tuning_blocks, part=" in the tenth for data.tuning_blocks")
     calibration = _joined(data.source, tenths, set(range(10)) - used)
     return Corpora(calibration=_corpus(calibration, block_tokens, data.max_blocks), tuning=tuning, evals=evals)
 
@@ -146,8 +148,11 @@ def corpus_name(source: str) -> str:
     """`dir/wiki.test.txt` -> `wiki.test`; `Salesforce/wikitext:wikitext-2-raw-v1` -> `wikitext`."""
     path = Path(source)
     if path.suffix in SUFFIXES:
-        return path.stem
-    return path.name.partition(":")[0] if not path.is_dir() else path.resolve().name
+        name = path.stem
+    else:
+        name = path.name.partition(":")[0] if not path.is_dir() else path.resolve().name
+    # It ends in the names of metrics and tags, and those of MLflow allow no more.
+    return re.sub(r"[^\w.\- ]", "_", name)
 
 
 def _tenths(data: DataConfig, tokenizer: Any, slices: Sequence[Slice] = ()) -> list[tuple[int, _Text]]:
@@ -215,11 +220,14 @@ def _text(
     return _Text(source=source, ids=ids, marks=marks, counts=counts)
 
 
-def _corpus(text: _Text, block_tokens: int, max_blocks: int | None, slices: Sequence[Slice] = ()) -> Corpus:
+def _corpus(
+    text: _Text, block_tokens: int, max_blocks: int | None, slices: Sequence[Slice] = (), part: str = ""
+) -> Corpus:
+    """Blocks of a text; `part` says, if that is not all, which part of its corpus it is."""
     num_blocks = len(text.ids) // block_tokens
     if num_blocks == 0:
         raise DataError(
-            f"corpus {text.source} has {len(text.ids)} tokens, less than one block of {block_tokens}; "
+            f"corpus {text.source} has {len(text.ids)} tokens{part}, less than one block of {block_tokens}; "
             "give more text or a smaller block_tokens"
         )
 

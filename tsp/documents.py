@@ -115,7 +115,7 @@ def _hub_rows(source: str, split: str) -> Any:
         if chosen is None:
             raise DataError(f"dataset {source} has no split {split}, it has {', '.join(splits)}")
         return datasets.load_dataset(name, configuration or None, split=chosen)
-    except (OSError, ValueError, ConnectionError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"corpus {source} is no file or folder here, and not to be had from the hub: {' '.join(str(error).split())}"
         ) from None

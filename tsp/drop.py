@@ -61,7 +61,7 @@ def drop_to(model: str, dropped: Sequence[int], output: Path, *, root: Path, tru
     Raises:
         TspError: with exit code 2; nothing has been written.
     """
-    require_new(output)
+    require_new(output, at_once=True)
     source = open_source(located(ModelConfig(path=model, trust_remote_code=trust), root))
     # Nothing could use the result without one.
     load_tokenizer(source)

@@ -19,15 +19,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tsp.config import JobConfig, TrainConfig
-from tsp.errors import portable
 from tsp.heartbeat import joined
 from tsp.machine import (
     GIB,
@@ -44,9 +43,9 @@ from tsp.machine import (
     weights_dtype,
 )
 from tsp.mounted import Mounted
+from tsp.optimizer_state import let_go
+from tsp.ranks import Ranks
 from tsp.sharding import AdamW, Gradients, with_optimizer
-
-Value = TypeVar("Value")
 
 log = logging.getLogger("tsp")
 
@@ -65,7 +64,7 @@ def join() -> torch.device:
     if accelerator.device_name() == "cpu" and compiled_cpu_op() is None and os.environ["RANK"] == "0":
         log.warning("deepspeed compiles an operation for this CPU now, about a minute; the next job finds it")
     if not gc.get_freeze_count():
-        gc.freeze()  # The collection after each mounting need not look at what the imports made.
+        gc.freeze()  # The collection before each mounting need not look at what the imports made.
     deepspeed.init_distributed(verbose=False)
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
@@ -73,7 +72,7 @@ def join() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
-class Engine:
+class Engine(Ranks):
     """This process's part of the job. Make it with `Engine.start`."""
 
     def __init__(
@@ -85,9 +84,7 @@ class Engine:
         sharding: dict[str, Any],
         settings: TrainConfig,
     ) -> None:
-        self.rank = rank
-        self.world_size = world_size
-        self.device = device
+        super().__init__(rank, world_size, device)
         self.dtype = dtype
         """Of the weights in memory."""
         self.sharding = sharding
@@ -119,11 +116,6 @@ class Engine:
         if rank or not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
         return cls(rank, world_size, device, weights_dtype(config, device), dict(sharding), config.train)
-
-    @property
-    def is_first(self) -> bool:
-        """Rank 0: it alone logs, writes and prints."""
-        return self.rank == 0
 
     @property
     def zero_stage(self) -> int:
@@ -158,6 +150,7 @@ class Engine:
         trainable = any(parameter.requires_grad for parameter in model.parameters())
         assert trainable == (optimizer is not None), "an optimizer and something to train, or neither"
         self._set_checkpointing(model)
+        gc.collect()  # An engine is full of cycles, and the one before holds an optimizer perhaps.
         if self.zero_stage < 3 and optimizer is None:
             yield Mounted(model.to(self.device), None, self._accumulation)
             return
@@ -183,11 +176,11 @@ class Engine:
         import deepspeed
 
         hooks = [dict(held) for held in _hooks(model)]
-        engine, *_ = deepspeed.initialize(
+        engine = deepspeed.initialize(
             model=model,
             model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad] or None,
             config=with_optimizer(self.sharding, optimizer, self.world_size),
-        )
+        )[0]
         try:
             yield engine
         finally:
@@ -198,8 +191,7 @@ class Engine:
                     del held[key]
             stack = deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
             stack[:] = [module for module in stack if module is not model]
-            del engine
-            gc.collect()
+            let_go(model)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """All of a parameter's gradient on every rank, its shape, where the model is mounted with `Gradients`.
@@ -234,46 +226,6 @@ class Engine:
         finally:
             put_back(kept)
             model.requires_grad_(False)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, same shape; a new tensor."""
-        total = values.detach().clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    def sharing(self, batch_size: int) -> dict[str, Any]:
-        """How windows are shared among the ranks, for `evaluation.windows.per_window`."""
-        ranks: dict[str, Any] = {"rank": self.rank, "world_size": self.world_size, "total": self.sum}
-        return ranks | {"batch_size": batch_size, "device": self.device}
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over all ranks, same shape; a new tensor."""
-        return self.sum(values) / self.world_size
-
-    def every_rank(self, value: float) -> list[float]:
-        """One number of each rank, by rank."""
-        mine = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
-        mine[self.rank] = value
-        return self.sum(mine).tolist()
-
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's object, on every rank."""
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def on_first(self, make: Callable[[], Value]) -> Value:
-        """What rank 0's call returns, on every rank; an error of it is raised on every rank."""
-        value, error = None, None
-        if self.is_first:
-            try:
-                value = make()
-            except Exception as raised:  # noqa: BLE001  The others would wait for rank 0's word forever.
-                error = raised
-        value, told = self.from_first((value, error if error is None else portable(error, 0)))
-        if told is not None:
-            raise error or told
-        return value
 
     def weights_gib(self, model: nn.Module) -> list[float]:
         """GiB of weights that each rank holds between two steps."""

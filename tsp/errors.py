@@ -77,7 +77,8 @@ class TrackingError(TspError):
 
 def is_everywhere(error: Exception) -> bool:
     """Whether what is wrong is wrong on every rank, so that the ranks can leave it behind together."""
-    return isinstance(error, TspError) and not isinstance(error, NodeError)
+    # One rank writes: while it fails the others may be gathering what it was to write.
+    return isinstance(error, TspError) and not isinstance(error, NodeError | StorageError)
 
 
 def portable(error: Exception, rank: int) -> Exception:

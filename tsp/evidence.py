@@ -43,14 +43,13 @@ def measured_of(result: Mapping[str, Any]) -> Measured:
 
 
 def relative_to(champion: Mapping[str, Any], result: Mapping[str, Any]) -> Measured:
-    """Values relative to the champion's, as far as both were measured, on the same text."""
+    """Values relative to the champion's, as far as both were measured, on the same text, its parts and the tasks."""
     ours, theirs = measured_of(result), measured_of(champion)
-    same_text = _texts(result) == _texts(champion)
+    apart = _not_alike(result, champion)
     found: Measured = {}
     for name, value in ours.items():
         other = theirs.get(name)
-        comparable = same_text or not name.startswith(_ON_TEXT)
-        if comparable and isinstance(value, float | int) and isinstance(other, float | int):
+        if not name.startswith(apart) and isinstance(value, float | int) and isinstance(other, float | int):
             found[f"{VS_CHAMPION}{name}"] = _compared(name, value, other)
     if f"{VS_CHAMPION}ppl_ratio" in found:
         # The largest of the quotients, not the quotient of the largest.
@@ -98,12 +97,27 @@ def _ppl(result: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]]:
     return result["ppl"] if "ppl" in result else result["perplexity"]
 
 
+def _not_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
+    """Beginnings of names of which the two have different things in mind."""
+    apart: tuple[str, ...] = () if _texts(one) == _texts(other) else _ON_TEXT
+    if _parts(one) != _parts(other):
+        # A part is known by its name and the number of its tokens; what it is was stated in a file.
+        apart += ("slice_", "worst_slice_ratio")
+    return apart if set(counted_tasks(one)) == set(counted_tasks(other)) else (*apart, f"zero_shot{_DROP}")
+
+
 def _texts(result: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """What was measured on, by corpus."""
     return {
         corpus: (about["fingerprint"], about["num_windows"], about["block_tokens"])
         for corpus, about in result["corpora"].items()
     }
+
+
+def _parts(result: Mapping[str, Any]) -> dict[tuple[str, str], int | None]:
+    """The number of tokens of each part, by corpus and name."""
+    slices = (result.get("slices") or {}).items()
+    return {(corpus, name): row.get("num_tokens") for corpus, rows in slices for name, row in rows.items()}
 
 
 def _on_text(result: Mapping[str, Any], state: str) -> Pairs:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from tsp.checkpoint import require_new, whole_or_not_at_all
 from tsp.errors import ConfigError, ModelError
+from tsp.files import place
 from tsp.gguf_file import require_gguf, write_gguf
 from tsp.progress import phase
 from tsp.tracking.manifest import file_faults
-from tsp.tracking.registry import checkpoint_path, place, split_uri
+from tsp.tracking.registry import checkpoint_path, split_uri
 from tsp.tracking.versions import find_version, registry
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def export(uri: str, output: Path, *, file_format: str = "hf", root: Path) -> di
         ModelError: no such version, a file is not what was registered, or GGUF cannot hold the model.
         TrackingError: the store cannot be used.
     """
-    require_new(output)
+    require_new(output, at_once=True)
     if file_format == "gguf":
         require_gguf()
     name, wanted = split_uri(uri)

@@ -1,11 +1,12 @@
-"""Files on disk: their hash, that they are really there, and whether there is room for more."""
+"""Files on disk: their hash, that they are really there, and whether there is room for more and leave to write it."""
 
 import hashlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
-from tsp.errors import StorageError
+from tsp.errors import ConfigError, StorageError
 
 GIB = 2**30
 
@@ -35,6 +36,24 @@ def require_room(folder: Path, num_bytes: int) -> None:
         raise StorageError(f"{folder} needs {num_bytes / GIB:.4g} GiB, {free / GIB:.4g} GiB are free there")
 
 
+def require_writable(folder: Path, named: str) -> None:
+    """Something can be written into a folder, or, where there is none yet, the nearest one above it.
+
+    Args:
+        folder: where it goes.
+        named: the option and what it says, for the message.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{named} cannot be written: {error.strerror or error}") from None
+
+
 def sync(path: Path) -> None:
     """Return when a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -42,3 +61,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def place(source: Path, target: Path) -> None:
+    """Hard-link weights, copy the rest: small files are the ones somebody edits in place."""
+    if source.suffix == ".safetensors":
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass  # Another file system, or one without links: copy.
+    shutil.copy2(source, target)

@@ -86,7 +86,7 @@ def _split(tokenizer: dict[str, Any], splits: list[dict[str, Any]]) -> str:
     steps = _steps(tokenizer["pre_tokenizer"])
     rule: Any = None
     if steps and steps[-1]["type"] == _BYTE_LEVEL and not steps[-1]["add_prefix_space"]:
-        own, before = steps[-1]["use_regex"], steps[:-1]
+        own, before = steps[-1].get("use_regex", True), steps[:-1]
         if own and not before:
             rule = _BYTE_LEVEL
         elif not own and [step["type"] for step in before] == ["Split"] and before[0]["behavior"] == "Isolated":

@@ -72,14 +72,21 @@ class Job:
         return _protected(self.config, self.source)
 
     @property
+    def corpora(self) -> list[Corpus]:
+        """All text: to calibrate on, set aside for tuning, to evaluate on."""
+        return [corpus for corpus in (self.calibration, self.tuning, *self.evals) if corpus is not None]
+
+    @property
     def hash(self) -> str:
         """16 hex digits that two jobs share if they do the same: settings, model files and texts, but not the names."""
         settings = self.config.model_dump(mode="json", exclude={"state", "tracking"})
         given = [path for path in self.source.folder.iterdir() if path.is_file()]
         if self.config.eval.slices:
             given.append(Path(self.config.eval.slices))
+        if self.config.eval.task_folder:
+            given += sorted(Path(self.config.eval.task_folder).rglob("*.yaml"))
         files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in given)
-        corpora = [corpus.fingerprint for corpus in (self.calibration, *self.evals)]
+        corpora = [corpus.fingerprint for corpus in self.corpora]
         return hashlib.sha256(json.dumps([settings, files, corpora]).encode()).hexdigest()[:16]
 
 
@@ -143,7 +150,7 @@ class Preparation:
             output=output,
             command=masked(" ".join(sys.argv)),
             varied=varied or {},
-            trace_to=plan.num_drop or 0,
+            trace_to=0 if config.prune.drop is not None else plan.num_drop or 0,
         )
 
     def _source(self, config: JobConfig) -> Source:
@@ -197,7 +204,7 @@ def inputs_of(*jobs: Job) -> dict[str, Any]:
     return {
         "settings": [(job.config.model_dump(mode="json"), job.sharding) for job in jobs],
         "model files": sorted((path.name, path.stat().st_size) for path in files),
-        "texts": [corpus.fingerprint for job in jobs for corpus in (job.calibration, *job.evals)],
+        "texts": [corpus.fingerprint for job in jobs for corpus in job.corpora],
     }
 
 

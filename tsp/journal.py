@@ -92,8 +92,7 @@ class Journal:
             try:
                 _append(self._path, self._entries[-1])
             except OSError as error:
-                log.warning("journal: %s cannot be written (%s); the job goes on without it", self._path, error)
-                self._path = None
+                self._go_on_without(error)
         return values
 
     def _forget_the_rest(self) -> None:
@@ -102,11 +101,18 @@ class Journal:
         if self._path is not None:
             log.warning("journal: question %d is another than in the run before; measured from here on", self._next)
             temporary = self._path.with_suffix(".tmp")
-            temporary.unlink(missing_ok=True)
-            for entry in self._entries:
-                _append(temporary, entry)
-            temporary.touch()
-            os.replace(temporary, self._path)
+            try:
+                temporary.unlink(missing_ok=True)
+                for entry in self._entries:
+                    _append(temporary, entry)
+                temporary.touch()
+                os.replace(temporary, self._path)
+            except OSError as error:
+                self._go_on_without(error)
+
+    def _go_on_without(self, error: OSError) -> None:
+        log.warning("journal: %s cannot be written (%s); the job goes on without it", self._path, error)
+        self._path = None
 
 
 def digest_of(blocks_NT: Tensor) -> str:

@@ -113,7 +113,7 @@ def take_look(
         "model": watched.model_dump(),
         "eval": {"sources": [str(requests)], "slices": slices},
     }
-    config = load_config([_SETTINGS, of_look, *map(parse_override, overrides)])
+    config = load_config([_SETTINGS, *map(parse_override, overrides), of_look])
     result = evaluate_model(config, ds_path, root=root, world_size=world_size, against=reference)
     measured = measured_of(result)
     verdicts = judge(

@@ -1,17 +1,18 @@
 """Where numbers stop being finite: the first place of a forward pass, and results that are no success."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tsp.data import Corpus
 from tsp.decoder import Decoder, hidden_in, hidden_out
 from tsp.engine import Engine
 from tsp.errors import ModelError
 from tsp.mounted import Mounted
-from tsp.records import Scores
+from tsp.records import Perplexity, Scores
 
 EXPLODED = 10.0
 """So many times the dense model's perplexity is no pruned model any more."""
@@ -65,7 +66,11 @@ def first_not_finite(engine: Engine, decoder: Decoder, model: Mounted, tokens_BT
 
 
 def require_finite(
-    engine: Engine, decoder: Decoder, model: Mounted, perplexity: Mapping[str, float], tokens_BT: Tensor
+    engine: Engine,
+    decoder: Decoder,
+    model: Mounted,
+    perplexity: Mapping[str, Perplexity],
+    corpora: Iterable[Corpus],
 ) -> None:
     """Refuse a dense model that is broken already.
 
@@ -74,16 +79,19 @@ def require_finite(
         decoder: the layers.
         model: mounted.
         perplexity: of the dense model, by corpus.
-        tokens_BT: int64, to look for the place with.
+        corpora: that it was measured on; the place is looked for with the first window that is not finite.
 
     Raises:
         ModelError: a perplexity is not finite.
     """
-    for corpus, ppl in perplexity.items():
-        if not math.isfinite(ppl):
-            place = first_not_finite(engine, decoder, model, tokens_BT.to(engine.device))
+    for corpus in corpora:
+        found = perplexity[corpus.name]
+        if not math.isfinite(found.ppl):
+            window = next((n for n, loss in enumerate(found.window_losses) if not math.isfinite(loss)), 0)
+            tokens_BT = corpus.blocks[window : window + 1].to(engine.device)
+            place = first_not_finite(engine, decoder, model, tokens_BT)
             raise ModelError(
-                f"the dense model's perplexity on {corpus} is {ppl}: {place}; "
+                f"the dense model's perplexity on {corpus.name} is {found.ppl}: {place}; "
                 "look at its weights, or give model.dtype=fp32"
             )
 

@@ -43,24 +43,32 @@ def set_whole_state(
     Args:
         engine: DeepSpeed's.
         named: as for `whole_state`.
-        tensors: from `whole_state`; on every rank.
+        tensors: from `whole_state`; asked for on every rank alike, each once.
         gathered: `Engine.gathered`.
     """
     for name, parameter in named:
         if f"{_WEIGHT}.{name}" not in tensors:
             continue  # Of a layer that is closed by now.
-        for part in (_WEIGHT, *_MOMENTS):
-            value = tensors[f"{part}.{name}"].to(parameter.device)
-            _set(engine, parameter, value, None if part == _WEIGHT else part)
+        weight = tensors[f"{_WEIGHT}.{name}"].to(parameter.device)
+        _set(engine, parameter, weight, None)
+        for part in _MOMENTS:
+            _set(engine, parameter, tensors[f"{part}.{name}"].to(parameter.device), part)
         # What the model computes with follows from the master weight at the next step only.
         with torch.no_grad(), gathered([parameter], modify=True):
-            parameter.copy_(tensors[f"{_WEIGHT}.{name}"])
+            parameter.copy_(weight)
     steps = int(tensors[STEP])
     for holder in _counters(engine):
         if torch.is_tensor(holder[STEP]):
             holder[STEP].fill_(steps)
         else:
             holder[STEP] = steps
+
+
+def let_go(model: nn.Module) -> None:
+    """DeepSpeed 0.19 leaves its optimizer on the parameters, and with it 16 bytes for each that was trained."""
+    for parameter in model.parameters():
+        for name in ("_z3_optimizer", "_zero_optimizer", "_hp_mapping"):
+            vars(parameter).pop(name, None)
 
 
 def set_adam(optimizer: torch.optim.Adam, parameter: Tensor, state: Mapping[str, Tensor]) -> None:

@@ -56,6 +56,9 @@ def _between_commas(context: click.Context, parameter: click.Parameter, words: t
 
 
 _AMOUNTS = ("ratio", "num_drop", "drop", "max_ppl_ratio", "min_speedup")
+_UNSTATED = {"ratio": 0.25, **dict.fromkeys(_AMOUNTS[1:])}
+# A search under this bound begins with the ratio.
+_TOGETHER = {"ratio", "max_ppl_ratio"}
 
 # Also those of `tsp evaluate`.
 slices_option = click.option("--slices", metavar="FILE", help="YAML that names parts of the text to measure alone.")
@@ -218,27 +221,24 @@ def _amounts_of(layer: Mapping[str, Any]) -> list[str]:
 
 
 def _deciding(layer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A layer with an amount, and what takes back the others of weaker layers, which else might win over it.
-
-    A ratio alone leaves `max_ppl_ratio` as it is: the search under that bound begins with it.
-    """
-    stated = _amounts_of(layer)
-    kept = ["max_ppl_ratio"] if stated == ["ratio"] else stated
-    return [layer, {"prune": {name: None for name in _AMOUNTS[1:] if name not in kept}}] if stated else [layer]
+    """A layer with an amount, and what takes back the others of weaker layers, which else might win over it."""
+    stated = set(_amounts_of(layer))
+    kept = stated | _TOGETHER if stated & _TOGETHER else stated
+    return [layer, {"prune": {name: _UNSTATED[name] for name in _AMOUNTS if name not in kept}}] if stated else [layer]
 
 
 def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
     """The whole config from what was stated of it; a sweep registers nothing unless it is asked to."""
     from tsp.config import load_config
-    from tsp.methods import refuse_nonsense
+    from tsp.methods import preset, refuse_nonsense
     from tsp.policy import check_model_name
     from tsp.settings import TUNING_BLOCKS
     from tsp.yaml12 import read_yaml
 
     known = load_config(stated)
-    layers = [_method_preset(known.prune.method), *stated]
+    layers = [preset(known.prune.method), *stated]
     if known.prune.method == "dense":
-        layers.append({"prune": {"ratio": 0.25, **dict.fromkeys(_AMOUNTS[1:])}})
+        layers.append({"prune": _UNSTATED})
     if known.model.path is None:
         layers.insert(0, read_yaml(Path(__file__).parent / "demo" / "prune.yaml"))
     weakest: dict[str, Any] = {"tracking": {"register_model": not sweep}}
@@ -270,12 +270,6 @@ def differing(config: "JobConfig") -> dict[str, Any]:
 def sharding_path(options: Mapping[str, Any]) -> Path:
     """The DeepSpeed JSON that is asked for; without one, ZeRO-3."""
     return options["ds"] or shipped("ds_configs/zero3.json")
-
-
-def _method_preset(method: str) -> dict[str, Any]:
-    from tsp.methods import preset
-
-    return preset(method)
 
 
 def _refuse_contradictions(options: Mapping[str, Any]) -> None:

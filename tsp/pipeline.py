@@ -214,8 +214,7 @@ def _choose(
     with bench.engine.mounted(bench.decoder.model) as bench.model:
         transfer_check(job.config.transfer)(bench, job.config.prune.drop)
         dense = evaluated("dense")
-        found = {corpus: one.ppl for corpus, one in dense.perplexity.items()}
-        require_finite(bench.engine, bench.decoder, bench.model, found, job.evals[0].blocks[:1])
+        require_finite(bench.engine, bench.decoder, bench.model, dense.perplexity, job.evals)
         scores, chosen = trial.selected if trial else choose(bench, job, shared, watch)
         with bench.decoder.bypassing(chosen.doomed):
             bare_drop = evaluated("bare_drop", chosen.doomed)

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 from tsp.errors import ConfigError, ModelError
 from tsp.evidence import Measured, how_to_measure, measured_of, relative_to
 from tsp.policy import Policy, Requirement, Verdict, check_alias, check_model_name, judge, read_requirement, required_of
+from tsp.tracking.lock import locked
 from tsp.tracking.manifest import file_faults
 from tsp.tracking.promotion import (
     PREVIOUS,
     Decision,
+    before_last,
     decisions,
     holder,
     line_of_holders,
-    locked,
     move,
     recorded,
 )
@@ -104,7 +105,11 @@ def promote(wanted: Wanted, *, root: Path, measure: Measure | None = None) -> Ou
             policy=f"{wanted.policy.source} {wanted.policy.hash}" if wanted.policy else "",
         )
         if champion == decision.version:
-            return Outcome(decision=decision, run_id=None, unchanged=True)
+            line = line_of_holders(decisions(client, wanted.name), wanted.alias)
+            if line[-1:] == [champion]:
+                return Outcome(decision=decision, run_id=None, unchanged=True)
+            # An interrupted promotion had moved it, or somebody without us: this settles it.
+            decision = replace(decision, behind=before_last([*line, champion], _there(client, wanted.name)))
         files = _files(client, candidate)
         # On the way to it, in `shadow` say, a version is compared with the champion, too.
         rival = holder(client, wanted.name, _CHAMPION) or champion
@@ -131,21 +136,24 @@ def roll_back(name: str, *, alias: str, reason: str, expected: str | None, dry_r
     """
     _check_words(name, alias, expected)
     with registry(root) as client:
-        there = {str(version.version) for version in versions_of(client, name)}
         now, before = holder(client, name, alias), holder(client, name, f"{PREVIOUS}{alias}")
         if now is None or before is None:
             has = f"version {now} has it now" if now else "none has it now"
             raise ModelError(f"no version had {name}@{alias} before ({has}); `tsp audit {name}` shows the history")
         target = find_version(client, name, before)
         *further, last, latest = ["", "", *line_of_holders(decisions(client, name), alias)]
-        known = [number for number in further if number in there] if [last, latest] == [before, now] else []
-        behind = known[-1] if known else None
+        behind = before_last([*further, last], _there(client, name)) if [last, latest] == [before, now] else None
         decision = Decision(
             kind="rollback", model=name, version=before, alias=alias, previous=now, behind=behind, reason=reason
         )
         decision = _judged(client, decision, None, (), _files(client, target))
         wanted = Wanted(name=name, version=before, alias=alias, expected=expected, dry_run=dry_run)
         return _decided(client, decision, wanted)
+
+
+def _there(client: "MlflowClient", name: str) -> set[str]:
+    """The versions that are not deleted."""
+    return {str(version.version) for version in versions_of(client, name)}
 
 
 def _files(client: "MlflowClient", version: "ModelVersion") -> list[str] | None:

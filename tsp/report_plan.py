@@ -26,6 +26,12 @@ def print_estimate(document: Mapping[str, Any], stdout: TextIO) -> None:
     table.add_row("time", *(_time(phase["seconds"]) for phase in phases))
     out.print(table)
     out.print(f"time {_time(document['seconds'])}, disk {document['disk_gib']:,.1f} GiB")
+    if document["bound"]:
+        out.print(
+            f"for {document['num_drop']} of {document['num_layers']} layers: how many keep to {document['bound']} is "
+            "found by the job, with a selection and, where perplexity decides, a transfer for each one that it tries",
+            soft_wrap=True,
+        )
     if document["fits"]:
         out.print(f"fits: {document['peak_gib']:,.1f} of {document['gpu']['memory_gib']:.1f} GiB")
         return

@@ -117,7 +117,7 @@ def check_tensors(skeleton: Any, contents: Contents, dtype: "torch.dtype | None"
     Raises:
         ModelError: a tensor is not, and which.
     """
-    quantized = bool({"quantization_config", "compression_config"} & contents.config.keys())
+    quantized = _is_quantized(contents)
     expected = _expected(skeleton, contents.tensors)
     floats = Counter(entry["dtype"] for entry in contents.tensors.values() if entry["dtype"] in _FLOATS.values())
     allowed = {"F32", _FLOATS.get(str(dtype), "F32"), *(kind for kind, _ in floats.most_common(1))}
@@ -131,6 +131,32 @@ def check_tensors(skeleton: Any, contents: Contents, dtype: "torch.dtype | None"
             )
         if tensor.is_floating_point() and entry["dtype"] not in allowed and not quantized:
             raise ModelError(f"tensor {name} must be of dtype {' or '.join(sorted(allowed))}, got {entry['dtype']}")
+
+
+def stored_dtypes(skeleton: Any, contents: Contents) -> "tuple[torch.dtype | None, dict[str, torch.dtype]]":
+    """What the weights on disk are in, whatever the config says, and which of the model's tensors are in another dtype.
+
+    Args:
+        skeleton: as for `check_tensors`.
+        contents: from `check_folder`.
+
+    Returns:
+        None and nothing for `.bin` files, and for a quantized model.
+    """
+    import torch
+
+    names = {kind: getattr(torch, name.removeprefix("torch.")) for name, kind in _FLOATS.items()}
+    stored = {name: entry["dtype"] for name, entry in contents.tensors.items() if entry["dtype"] in names}
+    if not stored or _is_quantized(contents):
+        return None, {}
+    [(most, _)] = Counter(stored.values()).most_common(1)
+    own, prefix = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
+    others = {name if name in own else prefix + name: names[kind] for name, kind in stored.items() if kind != most}
+    return names[most], others
+
+
+def _is_quantized(contents: Contents) -> bool:
+    return bool({"quantization_config", "compression_config"} & contents.config.keys())
 
 
 def _is_pickled(path: Path) -> bool:

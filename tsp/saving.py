@@ -13,7 +13,7 @@ from tsp.checkpoint import prove, save_without
 from tsp.config import ModelConfig
 from tsp.decoder import Decoder
 from tsp.engine import Engine
-from tsp.errors import ModelError, StorageError
+from tsp.errors import ModelError, StorageError, TspError
 from tsp.evaluation.state import Exam
 from tsp.files import GIB, require_room
 from tsp.job import Job
@@ -60,10 +60,13 @@ def save(
 
 
 def _prove(checkpoint: Path, tokens: Tensor, logits: Tensor, dropped: Sequence[int], source: Source) -> DropReport:
-    pruned = open_source(ModelConfig(path=str(checkpoint), trust_remote_code=source.trust_remote_code))
-    proof = prove(pruned, tokens, logits)
+    try:
+        pruned = open_source(ModelConfig(path=str(checkpoint), trust_remote_code=source.trust_remote_code))
+        proof = prove(pruned, tokens, logits)
+    except ModelError as error:
+        raise TspError(str(error)) from error  # It is ours, and no wrong input.
     if proof["faults"]:
-        raise ModelError(f"the saved checkpoint {checkpoint} is not the pruned model: {'; '.join(proof['faults'])}")
+        raise TspError(f"the saved checkpoint {checkpoint} is not the pruned model: {'; '.join(proof['faults'])}")
     return DropReport(
         dropped=tuple(dropped),
         num_layers=source.num_layers,

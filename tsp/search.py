@@ -11,8 +11,9 @@ from typing import Any
 
 from tsp.config import JobConfig, bound_of
 from tsp.errors import ConfigError
+from tsp.files import require_writable
 from tsp.job import Job, Preparation
-from tsp.machine import require_restorable
+from tsp.machine import is_first_node, require_restorable
 from tsp.settings import TUNING_BLOCKS
 from tsp.space import Knob
 from tsp.tuned import is_of
@@ -101,6 +102,8 @@ def prepare_search(
         preparation=preparation,
         started=started,
     )
+    if is_first_node():
+        require_writable(best.parent, f"--best {best}")
     if best.exists() and not is_of(best, search.hash):
         raise ConfigError(f"--best {best} is there and not of this search; move it away, or name another file")
     return search

@@ -6,11 +6,13 @@ whatever the size of the shard.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from tsp.errors import ModelError
 
 _CHUNK_BYTES = 2**20
 """What stays in a core's cache between reading and writing: 16 MiB took twice as long."""
@@ -57,6 +59,10 @@ def copy_tensors(source: Path, target: Path, new_names: Mapping[str, str]) -> No
         source: safetensors file.
         target: file to write.
         new_names: of the tensors to copy, by their names in `source`.
+
+    Raises:
+        ModelError: the source cannot be read.
+        OSError: the target cannot be written.
     """
     header = read_header(source)
     entries: dict[str, Any] = {_METADATA: header.metadata or {"format": "pt"}}
@@ -73,15 +79,19 @@ def copy_tensors(source: Path, target: Path, new_names: Mapping[str, str]) -> No
     with source.open("rb", buffering=0) as read, target.open("wb") as write:
         write.write(len(encoded).to_bytes(8, "little") + encoded)
         for start, num_bytes in spans:
-            read.seek(start)
-            _copy(read, write, num_bytes)
+            for chunk in _chunks(read, start, num_bytes):
+                write.write(chunk)
 
 
-def _copy(read: FileIO, write: BinaryIO, num_bytes: int) -> None:
+def _chunks(file: FileIO, start: int, num_bytes: int) -> Iterator[memoryview]:
     chunk = memoryview(bytearray(min(num_bytes, _CHUNK_BYTES)))
     while num_bytes:
-        count = read.readinto(chunk[:num_bytes])
+        try:
+            file.seek(start)
+            count = file.readinto(chunk[:num_bytes])
+        except OSError as error:
+            raise ModelError(f"weight file {file.name} cannot be read: {error.strerror}") from None
         if not count:
-            raise OSError("the file became shorter while it was read")
-        write.write(chunk[:count])
-        num_bytes -= count
+            raise ModelError(f"weight file {file.name} became shorter while it was read")
+        yield chunk[:count]
+        start, num_bytes = start + count, num_bytes - count

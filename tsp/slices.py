@@ -84,10 +84,10 @@ def read_slices(path: str | None) -> tuple[Slice, ...]:
     )
 
 
-def _fault(name: Any, given: Any) -> str | None:
+def _fault(name: str, given: Any) -> str | None:
     """What is wrong with one slice; None: nothing."""
     # The name ends in the names of metrics, and those of MLflow allow no more.
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.\- ]+", name):
+    if not re.fullmatch(r"[\w.\- ]+", name):
         return "a name must be of letters, digits, '_', '-', '.' and spaces"
     if not isinstance(given, dict) or len(given) != 1 or not set(given) <= set(KINDS):
         got = ", ".join(map(str, given)) if isinstance(given, dict) else _kind(given)

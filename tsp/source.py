@@ -15,7 +15,7 @@ from tsp.demo import CHECKPOINT as DEMO_CHECKPOINT
 from tsp.demo import NAME as DEMO_NAME
 from tsp.errors import ModelError
 from tsp.masking import one_line
-from tsp.safety import check_folder, check_tensors
+from tsp.safety import check_folder, check_tensors, stored_dtypes
 from tsp.skeleton import build_skeleton, cache_fault
 from tsp.surgery import (
     Kind,
@@ -48,6 +48,8 @@ class Source:
     """The folder holds more than the causal language model that is built from it (an image encoder, say)."""
     dtype: torch.dtype
     """Of the weights on disk; what is saved has it too."""
+    other_dtypes: Mapping[str, torch.dtype]
+    """Of those that have another one, by the model's names."""
     stack: str
     """Path of the layer stack."""
     num_outputs: int | None
@@ -107,9 +109,9 @@ def open_source(config: ModelConfig) -> Source:
             check_tensors(skeleton, contents, getattr(model_config, "dtype", None))
             needed = read_by_others(decoder)
             runs_cached = cache_fault(skeleton) is None
+            dtype, other_dtypes = stored_dtypes(skeleton, contents)
     except (StrictDataclassError, ArithmeticError, AssertionError, ImportError, *_UNUSABLE) as error:
         raise ModelError(f"model {name} is no causal language model: {one_line(error)}") from None
-    dtype = getattr(model_config, "dtype", None) or torch.float32
     return Source(
         folder=folder,
         name=name,
@@ -117,7 +119,8 @@ def open_source(config: ModelConfig) -> Source:
         config=model_config,
         trust_remote_code=config.trust_remote_code,
         text_only=type(skeleton.config) is not type(model_config),
-        dtype=dtype,
+        dtype=dtype or getattr(model_config, "dtype", None) or torch.float32,
+        other_dtypes=other_dtypes,
         stack=decoder.path,
         num_outputs=decoder.num_outputs,
         num_parameters=_count(skeleton),

@@ -103,7 +103,8 @@ def default_space(config: JobConfig) -> dict[str, Any]:
     temperature = {"stage2.temperature": _around(stage2.temperature, 2, 4)}
     # AdamW does not feel the size of a loss, only the mix of its parts: the lighter part's weight is searched.
     lighter, heavier = sorted(("lm", "distill"), key=lambda part: getattr(stage2.task, part))
-    mix = {f"stage2.task.{lighter}": {"low": 0.0, "high": getattr(stage2.task, heavier)}}
+    most = getattr(stage2.task, heavier)
+    mix = {f"stage2.task.{lighter}": {"low": 0.0, "high": most}} if most else {}
     hidden = {"stage2.hidden": _around(stage2.hidden, 10, 10)} if stage2.hidden else {}
     opened = [gates for gates in dict.fromkeys((stage2.gates, "off", "anneal")) if gates != "off"]
     gates = {

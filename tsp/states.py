@@ -14,16 +14,18 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tsp.errors import StorageError
 from tsp.files import require_room, sha256, sync
+from tsp.ranks import Ranks
 from tsp.settings import StateConfig
 from tsp.training import StepStats
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("tsp")
 
 KEPT = 2
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Tensors = Iterable[tuple[str, Tensor]]
 
 
@@ -42,11 +45,46 @@ class State:
 
     step: int
     """The step to go on with."""
-    tensors: dict[str, Tensor]
-    """On the CPU, the same on every rank."""
+    tensors: Mapping[str, Tensor]
+    """On the CPU, the same on every rank; to be asked for on all of them alike."""
     about: dict[str, Any]
     seconds: float
     """Of training, from the first step to here."""
+
+
+class _Found(NamedTuple):
+    """A file that is whole."""
+
+    path: Path
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    """Shape and dtype by name."""
+    told: dict[str, Any]
+
+
+class _Told(Mapping[str, Tensor]):
+    """Tensors of a file that rank 0 reads one at a time: all of them are 12 bytes for each weight that is trained."""
+
+    def __init__(self, ranks: Ranks, found: _Found) -> None:
+        self._ranks, self._found = ranks, found
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        def read() -> Tensor:
+            with safe_open(self._found.path, "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
+
+        return self._ranks.tensor_from_first(read, *self._found.tensors[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found.tensors)
+
+    def __len__(self) -> int:
+        return len(self._found.tensors)
 
 
 class States:
@@ -87,7 +125,8 @@ class States:
         if self._engine is None or self._folder is None:
             return None
         folder, kind = self._folder, self._kind(stage, question)
-        state: State | None = self._engine.on_first(lambda: _newest(folder, kind))
+        found: _Found | None = self._engine.on_first(lambda: _newest(folder, kind))
+        state = State(tensors=_Told(self._engine, found), **found.told) if found else None
         self._spent_s = state.seconds if state else 0.0
         self.known_s += self._spent_s
         if state is not None and self._engine.is_first:
@@ -145,9 +184,10 @@ class States:
 
     def _remove(self, kind: str) -> None:
         if self._engine is not None and self._folder is not None and self._engine.is_first:
-            for path in _files(self._folder, kind):
-                # One that stays takes up room, and no more.
-                with suppress(OSError):
+            # One that stays takes up room, and no more.
+            with suppress(OSError):
+                _remove_unfinished(self._folder)
+                for path in _files(self._folder, kind):
                     path.unlink()
 
     def _kind(self, stage: str, question: Mapping[str, Any]) -> str:
@@ -159,7 +199,13 @@ def _files(folder: Path, kind: str) -> list[Path]:
     return sorted(folder.glob(f"*-{kind}-*.safetensors"))
 
 
-def _newest(folder: Path, kind: str) -> State | None:
+def _remove_unfinished(folder: Path) -> None:
+    """What a run has left that was killed while it wrote."""
+    for path in folder.glob("*-stage*.tmp"):
+        path.unlink()
+
+
+def _newest(folder: Path, kind: str) -> _Found | None:
     from safetensors import safe_open
 
     for path in reversed(_files(folder, kind)):
@@ -167,9 +213,13 @@ def _newest(folder: Path, kind: str) -> State | None:
             log.warning("%s is damaged; an earlier state is looked for", path)
             continue
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  It is no dict.
-            return State(tensors=tensors, **json.loads(file.metadata()["told"]))
+            tensors = {name: _about(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118  It is no dict.
+            return _Found(path, tensors, json.loads(file.metadata()["told"]))
     return None
+
+
+def _about(part: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(part.get_shape()), _DTYPES[part.get_dtype()]
 
 
 def _write(folder: Path, number: int, kind: str, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
@@ -180,6 +230,7 @@ def _write(folder: Path, number: int, kind: str, tensors: dict[str, Tensor], tol
     temporary = folder / f"{number:08d}-{kind}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder)
         require_room(folder, sum(tensor.nbytes for tensor in tensors.values()))
         save_file(tensors, temporary, {"told": json.dumps(told)})
         sync(temporary)

@@ -93,6 +93,8 @@ def train(
     for step in itertools.count(first_step):
         total = estimate(step)
         if step >= total:
+            if pending.number is not None:  # It came behind the last exchange.
+                raise interrupt(pending.number)
             return
         started = time.perf_counter()
         before_step(step, total)
@@ -134,25 +136,38 @@ def _learn(
     """
     sums: dict[str, Tensor] = {}
     left_out: list[Tensor] = []
-    usable: list[tuple[Tensor, float]] = []
-
-    def learn(batch: tuple[Tensor, float]) -> None:
-        parts = loss(*batch)
-        if not finite_everywhere(engine, parts["total"]):
-            left_out.append(batch[0])
-            return
-        usable.append(batch)
+    for parts in usable(engine, batches, loss, left_out):
         model.backward(parts["total"])
         model.end_micro_batch()
         for name, value in parts.items():
             sums[name] = sums.get(name, 0.0) + value.detach().float()
-
-    for batch in batches:
-        learn(batch)
-    # DeepSpeed counts micro-batches; the first usable one stands in for each that is missing.
-    for _ in range(len(left_out) if usable else 0):
-        learn(usable[0])
     return sums, left_out
+
+
+def usable(
+    engine: Engine, batches: Iterable[tuple[Tensor, float]], loss: LossFunction, left_out: list[Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """The parts of the loss of each micro-batch where `total` is finite on every rank.
+
+    DeepSpeed counts micro-batches: the first of them stands in for each that is left out. None, if none is finite.
+
+    Args:
+        engine: compares the ranks.
+        batches: of `micro_batches`.
+        loss: of one of them.
+        left_out: the tokens of those that are left out are added to it.
+    """
+    first: tuple[Tensor, float] | None = None
+    for batch in batches:
+        parts = loss(*batch)
+        if finite_everywhere(engine, parts["total"]):
+            first = first or batch
+            yield parts
+        else:
+            left_out.append(batch[0])
+    if first is not None:
+        for _ in left_out:
+            yield loss(*first)
 
 
 def micro_batches(

@@ -11,9 +11,10 @@ from torch import Tensor
 from tsp.checkpoint import load, prove
 from tsp.config import ModelConfig
 from tsp.drop import layer_numbers
-from tsp.errors import ModelError
+from tsp.errors import ConfigError, ModelError
 from tsp.loaders import check_loader
 from tsp.source import Source, load_tokenizer, open_source
+from tsp.surgery import kept_layers
 
 _PROBE = (2, 32)
 """Sequences and tokens of the batch whose logits are compared."""
@@ -40,8 +41,11 @@ def verify(
         One row a check: `name`, `ok`, `found`.
 
     Raises:
-        ModelError: there is no such folder.
+        ModelError: there is no such folder, or the dense model has no such layers.
+        ConfigError: layers of no model.
     """
+    if dropped and against is None:
+        raise ConfigError("--layers are those of the dense model, which --against names; give both or neither")
     if not folder.is_dir():
         raise ModelError(f"there is no folder {folder}; give the one of a checkpoint")
     try:
@@ -54,7 +58,10 @@ def verify(
         _tokenizer(source),
     ]
     for loader in loaders:
-        faults = list(check_loader(loader, source))
+        try:
+            faults = list(check_loader(loader, source))
+        except ModelError as error:
+            faults = [str(error)]
         rows.append(_row(f"for {loader}", not faults, "; ".join(faults) or "config and tensor names fit"))
     card = "generation_config.json"
     rows.append(_row("generation config", (folder / card).is_file(), card))
@@ -73,7 +80,10 @@ def verify(
 
 
 def _layer_numbers(source: Source) -> dict[str, Any]:
-    numbers = layer_numbers(source)
+    try:
+        numbers = layer_numbers(source)
+    except ModelError as error:
+        return _row("layer numbers", False, str(error))
     ok = numbers == list(range(source.num_layers))
     return _row("layer numbers", ok, f"{len(numbers)} layers on disk, {source.num_layers} in the config")
 
@@ -92,6 +102,7 @@ def _tokens(source: Source) -> Tensor:
 
 
 def _bypassed_logits(dense: Source, dropped: Sequence[int], tokens_BT: Tensor) -> Tensor:
+    kept_layers(dense.num_layers, dropped)
     decoder = load(dense, dense.dtype, nullcontext())
     decoder.model.eval()
     with torch.no_grad(), decoder.bypassing(dropped):

@@ -55,7 +55,7 @@ def parse_yaml(text: str, place: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2, where no key stands twice."""
+    """PyYAML's safe loader with the scalars of YAML 1.2, where each key is a word and stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -63,7 +63,10 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.value != "<<" and key.value in seen:
                 raise yaml.YAMLError(f"{key.value!r} stands twice{key.start_mark}")
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        if no_words := [key for key in mapping if not isinstance(key, str)]:
+            raise yaml.YAMLError(f"a key must be a word, got {no_words[0]!r}{node.start_mark}")
+        return mapping
 
 
 _Loader.yaml_implicit_resolvers = {

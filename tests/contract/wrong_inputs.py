@@ -83,6 +83,8 @@ VALUES = [
     Wrong("compare nothing", ("tracking store", "MLFLOW_TRACKING_URI")),
     Wrong("advise nothing", ("tracking store", "MLFLOW_TRACKING_URI")),
     Wrong("compare demo --price-per-hour -1", ("--price-per-hour",)),
+    Wrong("compare demo --price-per-hour 1", ("--price-per-hour", "--report FILE.html")),
+    Wrong("compare demo --report .", ("--report", "the folder .")),
     Wrong("serve models:/m@champion --port http", ("--port", "http")),
     Wrong("serve m", ("models:/",)),
     Wrong("export m out", ("models:/",)),

@@ -73,6 +73,7 @@ FLOORS = {
         "tsp.mounted",
         "tsp.numbers",
         "tsp.optimizer_state",
+        "tsp.ranks",
         "tsp.states",
         "tsp.tracking",
         "tsp.training",
@@ -172,7 +173,7 @@ LIBRARIES = {
     "optuna": ("tsp.study",),
     "packaging": ("tsp.doctor",),
     "peft": ("tsp.adapters",),
-    "psutil": ("tsp.doctor", "tsp.exits", "tsp.tracking"),
+    "psutil": ("tsp.calibrate", "tsp.doctor", "tsp.exits", "tsp.tracking"),
     "pyarrow": ("tsp.documents",),
     "pydantic": ("tsp.config", "tsp.settings"),
     "rich": (

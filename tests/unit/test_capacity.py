@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from transformers import LlamaConfig
 
 from tests.models import REPOSITORY
-from tsp.calibrate import probe_of
+from tsp.calibrate import probe_of, slack
 from tsp.capacity import GIB, Estimate, Fleet
 from tsp.cli import main
 from tsp.config import ModelConfig, known_gpu, load_config, number_to_drop
@@ -156,7 +156,27 @@ def test_what_an_allocator_keeps_is_in_proportion_to_the_step(wide):
         for gpu in (known_gpu("h100-80"), known_gpu("h100-80").model_copy(update={"slack": 1.5}))
     )
     assert kept.memory_gib["step"] == 1.5 * plain.memory_gib["step"]
-    assert plain.slack(kept.total_gib) == pytest.approx(1.5)
+    assert slack(plain, kept.total_gib) == pytest.approx(1.5)
+
+
+def test_under_a_bound_one_number_of_layers_is_planned_and_the_best_ones_states_stay(wide):
+    quarter = estimate(wide, prune={"num_drop": 2})
+    for bound, states in ({"max_ppl_ratio": 1.1}, 2), ({"min_speedup": 1.3}, 1):
+        found = estimate(wide, prune=bound)
+        assert found.num_drop == 2, "of eight layers, by the default ratio, with which a search begins"
+        assert found.phases == quarter.phases
+        adapters = 6 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+        assert found.disk_gib - quarter.disk_gib == pytest.approx((states - 1) * 2 * 12 * adapters / GIB)
+
+
+def test_a_plan_says_of_what_number_it_is(tmp_path):
+    LlamaConfig(num_hidden_layers=8, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    words = ["plan", "--model", str(tmp_path), "--data", "stdlib", "--max-ppl-ratio", "1.1"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert "for 2 of 8 layers: how many keep to prune.max_ppl_ratio 1.1 is found by the job" in done.stdout
+    document = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)
+    assert (document["num_drop"], document["bound"]) == (2, "prune.max_ppl_ratio 1.1")
 
 
 @pytest.mark.parametrize("method", METHODS)

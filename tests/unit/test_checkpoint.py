@@ -3,17 +3,20 @@
 import json
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.models import logits, model_folder, sample, tiny_model, tokens
 from tsp import checkpoint
-from tsp.checkpoint import load, prove, round_weights, save_without
+from tsp.checkpoint import load, prove, require_new, round_weights, save_without, whole_or_not_at_all
 from tsp.config import ModelConfig
-from tsp.errors import ModelError
+from tsp.errors import ConfigError, ModelError
+from tsp.fresh import told_fresh
 from tsp.proof import proof
 from tsp.source import load_tokenizer, open_source
+from tsp.surgery import renamed
 
 FAMILIES = ["llama", "llama-tied", "opt", "gpt2", "mistral", "qwen2", "gemma2"]
 DROPPED = (1, 3)
@@ -137,6 +140,40 @@ def test_weights_are_saved_in_the_dtype_that_they_came_in(tmp_path):
     assert torch.equal(logits(model.float(), tokens()), expected), "bf16 -> fp32 -> bf16 loses nothing"
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_tensor_of_another_dtype_keeps_it_and_the_config_decides_nothing(family, tmp_path):
+    """Norms in fp32 beside bf16, and what a config says of weights that were saved in another dtype."""
+    from safetensors.torch import load_file, save_file
+
+    folder = model_folder(tmp_path / "dense", tiny_model(family), torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    norms = {name for name in tensors if "norm" in name or "ln_" in name}
+    # Some files of GPT-2 leave the name of the base model out.
+    short = {name: name.removeprefix("transformer.") for name in tensors}
+    exact = {name: value.float() + 1e-4 * torch.randn(value.shape) for name, value in tensors.items() if name in norms}
+    save_file({short[n]: x for n, x in (tensors | exact).items()}, folder / "model.safetensors", {"format": "pt"})
+    edit(folder / "config.json", dtype="float16")
+    source, _ = save(folder, (1,), tmp_path / "pruned")
+    assert source.dtype == torch.bfloat16
+    saved = load_file(tmp_path / "pruned" / "model.safetensors")
+    kept = [index for index in range(source.num_layers) if index != 1]
+    assert len(saved) < len(tensors)
+    for name, value in (tensors | exact).items():
+        new = renamed(name, source.stack, kept)
+        if new is not None:
+            assert saved[new].dtype == (torch.float32 if name in norms else torch.bfloat16)
+            assert torch.equal(saved[new], value), name
+
+
+def test_weights_that_are_finer_than_the_config_says_are_saved_as_they_are(tmp_path):
+    folder = model_folder(tmp_path / "dense", tiny_model())
+    edit(folder / "config.json", dtype="bfloat16")
+    source, decoder = save(folder, DROPPED, tmp_path / "pruned")
+    assert (source.dtype, source.other_dtypes) == (torch.float32, {})
+    with decoder.bypassing(DROPPED):
+        assert torch.equal(logits(reloaded(tmp_path / "pruned"), tokens()), logits(decoder.model, tokens()))
+
+
 def test_rounded_weights_survive_saving(tmp_path):
     weight = torch.nn.Parameter(torch.randn(50, 50), requires_grad=False)
     before = weight.clone()
@@ -209,11 +246,26 @@ def test_nothing_half_written_is_left_when_saving_fails(folders, tmp_path, monke
 
 
 def test_the_remains_of_a_killed_save_do_not_get_into_the_result(folders, tmp_path):
-    remains = tmp_path / "pruned.tmp"
+    remains, of_the_users = tmp_path / ".pruned.tmp", tmp_path / "pruned.tmp"
     remains.mkdir()
+    of_the_users.mkdir()
     (remains / "model-00009-of-00009.safetensors").write_text("stale")
     save(folders("llama"), DROPPED, tmp_path / "pruned")
     assert sorted(path.name for path in (tmp_path / "pruned").glob("*.safetensors")) == ["model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned", "pruned.tmp"]
+
+
+def test_a_folder_that_cannot_be_put_in_its_place_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    require_new(Path("."), at_once=True)
+    with whole_or_not_at_all(Path(".")) as folder:
+        (folder / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "volume")
+    (tmp_path / "volume").mkdir()
+    require_new(tmp_path / "volume")  # A job writes into it.
+    with pytest.raises(ConfigError, match="is where a disk is mounted"):
+        require_new(tmp_path / "volume", at_once=True)
 
 
 # What is wrong with a folder
@@ -378,5 +430,14 @@ def test_prove_runs_in_a_fresh_process_and_says_why_a_folder_does_not_load(folde
     pruned = open_source(ModelConfig(path=str(tmp_path / "pruned")))
     assert prove(pruned, ids, expected)["max_logit_difference"] == 0
     truncate(tmp_path / "pruned" / "model.safetensors")
-    with pytest.raises(ModelError, match="does not load"):
+    with pytest.raises(ModelError, match=r"does not load: [\w.]+Error: "):
         prove(pruned, ids, expected)
+
+
+def test_what_a_model_prints_does_not_disturb_what_is_told(tmp_path, monkeypatch):
+    (tmp_path / "chatty.py").write_text("print('no flash attention')\nprint('{\"told\": 3}')\n")
+    (tmp_path / "failing.py").write_text("print(1)\nraise SystemExit(3)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert told_fresh("chatty") == {"told": 3}
+    with pytest.raises(ChildProcessError, match="exit code 3"):
+        told_fresh("failing")

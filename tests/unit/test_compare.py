@@ -350,6 +350,13 @@ def test_the_numbers_of_a_result():
     assert "tuning_loss" not in found
 
 
+def test_means_over_different_tasks_do_not_stand_beside_each_other():
+    piqa, both = {"piqa": {"pruned": {"acc": 0.6}}}, {name: {"pruned": {"acc": 0.8}} for name in ("piqa", "boolq")}
+    for other, shown in ((piqa, True), (both, False), ({}, True)):
+        rows = make_rows([finished("sleb", tasks=piqa), finished("ppl", tasks=other)], ["method"])
+        assert [("tasks" in row.stats) for row in rows if "task/piqa" in row.stats] == [shown] * (1 + bool(other))
+
+
 def test_the_mean_over_tasks_is_over_those_that_were_asked_for():
     rows = {"mmlu": {"acc": 0.4}, "mmlu_law": {"acc": 0.1}, "mmlu_art": {"acc": 0.7}, "piqa": {"acc_norm": 0.8}}
     rows["gsm8k"] = {"exact_match.strict-match": 0.3, "exact_match.flexible-extract": 0.5}

@@ -77,9 +77,16 @@ def test_later_layers_win_key_by_key():
 
 def test_merging_leaves_the_layers_as_they_were():
     first, second = {"stage2": {"lr": 1.0}}, {"stage2": {"lr": 2.0, "task": {"lm": 3.0}}}
-    load_config([first, second, {"stage2": {"task": {"lm": 4.0}}}])
+    load_config([{}, first, second, {"stage2": {"task": {"lm": 4.0}}}])
+    load_config([second, first, {"stage2": {"task": {"lm": 4.0}}}])
     assert first == {"stage2": {"lr": 1.0}}
     assert second == {"stage2": {"lr": 2.0, "task": {"lm": 3.0}}}
+
+
+def test_a_value_in_place_of_a_section_is_told_whatever_comes_later():
+    assert message_of({"stage2": 3}, {"stage2": {"steps": 5}}) == message_of({"stage2": 3})
+    assert message_of({"stage2": {"steps": 5}}, {"stage2": 3}) == message_of({"stage2": 3})
+    assert message_of({"stage2": None}, {"stage2": {"steps": 5}}).startswith("stage2: input should be a valid dict")
 
 
 def test_lists_are_replaced_not_joined():
@@ -153,6 +160,8 @@ def test_empty_yaml_file_changes_nothing(tmp_path):
     ("content", "reason"),
     [
         (b"a: [1, 2", "no valid YAML"),
+        (b"stage1: {3: 4}", "no valid YAML: a key must be a word, got 3"),
+        (b"null: 4", "no valid YAML: a key must be a word, got None"),
         (b"- 1\n- 2\n", "must be a mapping, got list"),
         (b"word", "must be a mapping, got str"),
         (b"a: \xff", "no UTF-8"),

@@ -184,8 +184,29 @@ def test_tuning_text_of_a_single_document_stands_before_what_is_held_out(tokeniz
     ]
     (tmp_path / "b.txt").write_text("w0 w1 w2 w3 w4")
     short = config_for(tmp_path / "b.txt", [tmp_path / "a.txt"], block_tokens=2).model_dump()
-    with pytest.raises(DataError, match=r"the tenth for data.tuning_blocks\) has 0 tokens"):
+    with pytest.raises(DataError, match="0 tokens in the tenth for data.tuning_blocks, less than one block"):
         load_corpora(load_config([short, {"data": {"tuning_blocks": 4}}]), tokenizer, 64)
+
+
+def test_a_name_holds_what_mlflow_takes(tmp_path):
+    assert corpus_name("texts/wiki (1), neu+ä.txt") == "wiki _1__ neu_ä"
+    assert corpus_name("someone/some@data:part") == "some_data"
+
+
+def test_a_dataset_that_only_a_script_can_load_is_refused(tokenizer, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("Dataset scripts are no longer supported, but found old.py")
+
+    monkeypatch.setattr("datasets.get_dataset_split_names", refuse)
+    with pytest.raises(DataError, match=r"not to be had from the hub: Dataset scripts are no longer supported"):
+        load_corpora(config_for("someone/old", block_tokens=2), tokenizer, 64)
+
+
+def test_a_tenth_without_a_document_is_told_from_an_empty_corpus(tokenizer, tmp_path):
+    rows = (json.dumps({"text": f"w0 w1 w{number}"}) for number in range(5))
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="has 0 tokens in the tenth that is held out, unless --eval-data names other"):
+        load_corpora(config_for(tmp_path / "a.jsonl", block_tokens=2), tokenizer, 64)
 
 
 def test_with_corpora_to_evaluate_on_nothing_is_held_out(tokenizer, tmp_path):

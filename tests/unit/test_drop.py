@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -143,8 +144,6 @@ def encoder_decoder(folder):
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(dense, tmp_path, layers, spoil, reason, capsys):
-    import re
-
     if spoil:
         spoil(dense)
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -174,6 +173,16 @@ def test_a_place_that_cannot_be_written_is_wrong_input(dense, tmp_path, monkeypa
     assert done.stderr.splitlines()[-1].startswith("error: --output /")
     assert "cannot be written" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "file"]
+
+
+def test_a_source_that_cannot_be_read_is_not_taken_for_the_output(dense, tmp_path, monkeypatch):
+    header = read_header(dense / "model.safetensors")
+    monkeypatch.setattr("tsp.shards.read_header", lambda path: truncated(dense) or header)
+    done = CliRunner().invoke(main, ["drop", str(dense), "--layers", "1", "--output", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "model.safetensors became shorter while it was read" in done.stderr
+    assert "output" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
 def test_a_full_disk_leaves_nothing(dense, tmp_path, monkeypatch):
@@ -223,6 +232,28 @@ class TestVerify:
         assert good.exit_code == 0
         assert all(row["ok"] for row in json.loads(good.stdout))
         assert CliRunner().invoke(main, [*words, "0,2"]).exit_code == 3
+
+    @pytest.mark.parametrize(
+        ("words", "reason"),
+        [
+            (["--layers", "1,3"], "give both or neither"),
+            (["--against", "dense", "--layers", "1,3,99"], "distinct, in [0, 4]"),
+            (["--against", "dense", "--layers", "1,1,3"], "distinct, in [0, 4]"),
+        ],
+    )
+    def test_layers_of_no_model_are_refused(self, pruned, dense, words, reason):
+        given = [str(dense) if word == "dense" else word for word in words]
+        done = CliRunner().invoke(main, ["verify", str(pruned), *given])
+        assert done.exit_code == 2
+        assert reason in done.stderr
+
+    def test_numbers_that_do_not_begin_at_0_are_a_fault_that_is_told(self, pruned, dense):
+        weights = load_file(pruned / "model.safetensors")
+        moved = {re.sub(r"\d+", lambda found: str(int(found[0]) + 1), name): x for name, x in weights.items()}
+        save_file(moved, pruned / "model.safetensors", metadata={"format": "pt"})
+        failed = self.failed(pruned, dense)
+        assert "must name the layers" in failed["layer numbers"]
+        assert "missing" in failed["round trip"]
 
     def test_a_damaged_one_is_told_from_wrong_input(self, pruned, tmp_path):
         truncated(pruned)

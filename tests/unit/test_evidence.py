@@ -125,6 +125,29 @@ def test_on_other_text_perplexity_is_not_compared_but_speed_is():
     assert relative["vs_champion.speedup"] == 1.0
 
 
+def test_other_tasks_and_other_parts_of_the_text_are_not_compared():
+    def tasks(**drops):
+        return {"tasks": {task: {"dense": {"acc": 0.7}, "pruned": {"acc": 0.7 - drop}} for task, drop in drops.items()}}
+
+    relative = relative_to(result(**tasks(piqa=0.02, gsm8k=0.3)), result(**tasks(piqa=0.05)))
+    assert relative["vs_champion.zero_shot/piqa_drop"] == pytest.approx(0.03)
+    assert "vs_champion.zero_shot_drop" not in relative
+    alike = relative_to(result(**tasks(piqa=0.02, gsm8k=0.3)), result(**tasks(piqa=0.05, gsm8k=0.1)))
+    assert alike["vs_champion.zero_shot_drop"] == pytest.approx(0.1 - 0.3)
+
+    def slices(ratio, **tokens):
+        rows = {name: {"num_tokens": n, "ppl": {"dense": 4.0, "pruned": 4.0 * ratio}} for name, n in tokens.items()}
+        return {"slices": {"wiki": rows}, "worst_slice": {"corpus": "wiki", "slice": "x", "ratio": ratio}}
+
+    champion = result(**slices(1.8, rare=100, easy=900))
+    names = {"vs_champion.slice_ratio/rare", "vs_champion.worst_slice_ratio"}
+    assert names <= set(relative_to(champion, result(**slices(1.2, rare=100, easy=900))))
+    for other in ({"rare": 100}, {"rare": 101, "easy": 900}):
+        found = relative_to(champion, result(**slices(1.2, **other)))
+        assert not any("slice" in name for name in found)
+        assert "vs_champion.ppl/wiki" in found
+
+
 def test_a_champion_without_speed_gives_no_number():
     champion = result(speed={"prompt_tokens_per_s": {"dense": 100.0, "pruned": None}})
     assert "vs_champion.speedup" not in relative_to(champion, result())

@@ -5,6 +5,7 @@ stories260k, no difference in the tokens of 991 texts (code, other scripts, emoj
 """
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -152,6 +153,20 @@ def test_a_setting_that_gets_lost_is_refused(folder, tmp_path):
 def test_a_text_that_would_be_split_otherwise_is_refused(folder, tmp_path, changes):
     change(folder, **changes)
     assert "a tokenizer " in refusal(folder, tmp_path)
+
+
+def test_a_tokenizer_file_from_before_a_setting_means_its_default(folder, tmp_path):
+    """Those of 2019 have no `use_regex`."""
+    save(folder, transformers.LlamaConfig(**SMALL))
+    change(folder, pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})
+    with_it = _splits(read(folder, tmp_path))
+    shutil.rmtree(tmp_path / "out")
+    change(folder, pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True})
+    assert _splits(read(folder, tmp_path)) == with_it
+
+
+def _splits(reader):
+    return reader.get_field("tokenizer.ggml.pre").contents()
 
 
 def test_there_must_be_a_tokenizer_and_the_package(folder, tmp_path, monkeypatch):

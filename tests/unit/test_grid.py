@@ -85,7 +85,7 @@ def test_a_grids_amount_wins_over_another_one_of_the_rest_and_gives_way_to_the_c
         return [section.drop or section.num_drop or section.ratio for section in sections]
 
     assert found() == [0.5, (3, 7), 4]
-    assert found("--set", "prune.num_drop=2") == [2, 2, 2]
+    assert found("--set", "prune.num_drop=2") == [2, 2], "the first two grids are one job then"
 
 
 def test_several_grids_in_a_file(tmp_path):

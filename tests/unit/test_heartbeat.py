@@ -13,7 +13,7 @@ import pytest
 
 from tests.models import REPOSITORY
 from tsp import heartbeat
-from tsp.errors import NodeError, TspError, is_everywhere
+from tsp.errors import NodeError, StorageError, TspError, is_everywhere
 from tsp.heartbeat import Heartbeat
 
 PROCESS = """
@@ -110,6 +110,7 @@ def test_the_error_of_a_collective_gets_the_name_of_who_is_gone(beating):
         raise RuntimeError("connection closed by peer")
     assert isinstance(raised.value.__cause__, RuntimeError)
     assert not is_everywhere(raised.value), "a sweep does not leave it behind"
+    assert not is_everywhere(StorageError("no room")), "nor what only the rank that writes has seen"
 
 
 @pytest.mark.parametrize("error", [ValueError("v"), TspError("t")])

@@ -10,7 +10,7 @@ import torch
 from tests.models import REPOSITORY, corpus_file, model_folder, tiny_model
 from tests.models import job as config_of
 from tsp.choose import order_key
-from tsp.job import Preparation, prepare
+from tsp.job import Preparation, inputs_of, prepare
 from tsp.shared import Shared, Stopwatch
 
 DS = REPOSITORY / "ds_configs" / "zero3.json"
@@ -61,6 +61,27 @@ def test_another_model_in_the_same_folder_is_another_job(given, tmp_path):
     before = made(given | {"model__path": str(folder)}).hash
     model_folder(folder, tiny_model(seed=2))
     assert made(given | {"model__path": str(folder)}).hash != before
+
+
+def test_other_tuning_text_is_another_job_and_other_inputs(given, tmp_path):
+    """A row that falls into the tenth for tuning changes nothing else."""
+    rows = Path(given["data__source"]).read_text().splitlines()
+    source, jobs = tmp_path / "text.jsonl", []
+    texts = (" ".join(f"w{(n * k) % 90}" for k in range(1, 17)) for n in range(2, 90))
+    added = next(text for text in texts if hashlib.sha256(text.encode()).digest()[0] % 10 == 1)
+    for more in ([], [json.dumps({"text": added})]):
+        source.write_text("\n".join([*rows, *more]) + "\n")
+        jobs.append(made(given | {"data__source": str(source)}, data__tuning_blocks=32))
+    before, after = jobs
+    assert before.calibration.fingerprint == after.calibration.fingerprint
+    assert before.tuning.fingerprint != after.tuning.fingerprint
+    assert before.hash != after.hash
+    assert inputs_of(before)["texts"] != inputs_of(after)["texts"]
+
+
+def test_layers_that_are_given_lengthen_no_other_search(given):
+    assert made(given, prune__drop=(1, 2)).trace_to == 0
+    assert made(given, prune__num_drop=2).trace_to == 2
 
 
 def test_other_slices_in_the_same_file_are_another_job(given, tmp_path):

@@ -101,6 +101,19 @@ def test_from_the_first_other_question_on_all_is_measured(path, job, caplog):
     assert [again.once({"gone": [9]}, refuse), again.once({"gone": [2]}, refuse)] == [[9.0], [5.0]]
 
 
+def test_one_that_cannot_be_written_anew_is_gone_on_without(path, monkeypatch, caplog):
+    journal = opened(path, "a job")
+    journal.once({"gone": [0]}, refuse)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tsp.journal.os.replace", full)
+    assert journal.once({"gone": [9]}, lambda: [9.0]) == [9.0]
+    assert journal.once({"gone": [2]}, lambda: [5.0]) == [5.0]
+    assert "cannot be written" in caplog.text
+
+
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_a_torn_line_is_cut_off(path, cut, caplog):
     whole = path.read_bytes()

@@ -2,14 +2,18 @@
 
 import copy
 import math
+import signal
 
 import pytest
 import torch
 
 from tests.models import bench, engine, job, tiny_model, tokens
+from tsp.data import Corpus
 from tsp.decoder import find_decoder
 from tsp.errors import ModelError, NumbersError
+from tsp.evaluation.perplexity import perplexity
 from tsp.gates import Gates
+from tsp.interrupts import Pending, Terminated
 from tsp.losses import lm_loss
 from tsp.methods.trsp import stage1
 from tsp.methods.trsp.stage2 import transfer
@@ -42,6 +46,28 @@ def trained(bad, *, accumulation=1, num_steps=3, stage=0):
         found = list(stats)
         weights = copy.deepcopy([parameter.detach() for parameter in model.parameters()]) if stage < 3 else []
     return weights, found, calls
+
+
+def test_a_signal_behind_the_last_step_is_not_lost():
+    config, model = job(), tiny_model().requires_grad_(True)
+    own, pending, done = engine(config), Pending(), []
+    with own.mounted(model, AdamW()) as mounted:
+        steps = train(
+            own,
+            mounted,
+            tokens(24, 12),
+            config.train,
+            num_steps=2,
+            seed=0,
+            loss=lambda ids, share: {"total": lm_loss(mounted(ids), ids, share)},
+            pending=pending,
+        )
+        with pytest.raises(Terminated, match="SIGTERM"):
+            for step in steps:
+                done.append(step.step)
+                if step.step == 1:
+                    pending.number = signal.SIGTERM  # While the last step is logged, or its state written.
+    assert done == [0, 1]
 
 
 @pytest.mark.parametrize("spoilt", [NAN, math.inf])
@@ -99,8 +125,32 @@ def test_the_first_place_is_named(layer, words):
     with made.engine.mounted(made.decoder.model) as model:
         assert words in first_not_finite(made.engine, made.decoder, model, made.blocks_NT)
         with pytest.raises(ModelError, match=words):
-            require_finite(made.engine, made.decoder, model, {"text": NAN}, made.blocks_NT)
-        require_finite(made.engine, made.decoder, model, {"text": 7.0}, made.blocks_NT)
+            require_finite(made.engine, made.decoder, model, {"text": measured(NAN)}, [text(made.blocks_NT)])
+        require_finite(made.engine, made.decoder, model, {"text": measured(2.0)}, [text(made.blocks_NT)])
+
+
+def test_the_place_is_looked_for_where_the_numbers_are_not_finite():
+    """A row of the embeddings that only the second corpus has, in its third window."""
+    model = tiny_model(num_layers=4)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = NAN
+    good = tokens(4, 16).clamp(min=8)
+    bad = good.clone()
+    bad[2, 5] = 7
+    made = bench(model, good, job())
+    corpora = [text(good), text(bad, "other")]
+    with made.engine.mounted(made.decoder.model) as mounted:
+        found = {"text": measured(2.0, 2.0, 2.0, 2.0), "other": measured(2.0, 2.0, NAN, 2.0)}
+        with pytest.raises(ModelError, match="perplexity on other is nan: the embeddings are not finite"):
+            require_finite(made.engine, made.decoder, mounted, found, corpora)
+
+
+def measured(*losses):
+    return perplexity(torch.tensor(losses), 16)
+
+
+def text(blocks, name="text"):
+    return Corpus(name, name, blocks)
 
 
 @pytest.mark.parametrize("schedule", ["budget", "greedy"])

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from tests.models import bench, job, logits, make_identity, tiny_model, tokens
 from tsp.decoder import find_decoder
+from tsp.errors import NumbersError
+from tsp.methods.trsp import peak_lr as peak_lr_module
 from tsp.methods.trsp.peak_lr import NOTHING_LOST, peak_lr
 from tsp.methods.trsp.stage2 import transfer
 from tsp.training import step_indices
@@ -13,12 +15,16 @@ from tsp.training import step_indices
 LAYERS, DOOMED = 4, (1, 2)
 
 
-def found(model=None, doomed=DOOMED, **settings):
-    made = bench(model or tiny_model(num_layers=LAYERS), tokens(32, 12), job(**settings))
+def found(model=None, doomed=DOOMED, blocks=None, order=None, **settings):
+    blocks = tokens(32, 12) if blocks is None else blocks
+    made = bench(model or tiny_model(num_layers=LAYERS), blocks, job(**settings))
     made.decoder.model.requires_grad_(True)
     for index in doomed:
         made.decoder.layers[index].requires_grad_(False)
-    return peak_lr(made, doomed), made
+    with pytest.MonkeyPatch.context() as patch:
+        if order is not None:
+            patch.setattr("tsp.training.step_indices", lambda *_, **__: order)
+        return peak_lr(made, doomed), made
 
 
 def by_hand(lm: float, distill: float) -> float:
@@ -46,6 +52,35 @@ def test_it_is_what_plain_autograd_gives(lm, distill, accumulation):
     lr, made = found(stage2__task=task, stage2__lr_scale=3.0, train__accumulation=accumulation)
     assert lr == pytest.approx(3 * by_hand(lm, distill), rel=1e-4)
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in made.decoder.model.parameters())
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_micro_batch_that_is_not_finite_is_left_out(bad, monkeypatch):
+    """The other one stands in for it, as in training."""
+    calls, real = [], peak_lr_module.task_loss
+
+    def spoilt(logits_BTV, *given, **options):
+        calls.append(logits_BTV)
+        task = real(logits_BTV, *given, **options)
+        return task._replace(total=task.total * float("nan")) if len(calls) - 1 == bad else task
+
+    monkeypatch.setattr(peak_lr_module, "task_loss", spoilt)
+    lr, _ = found(train__accumulation=2)
+    blocks, first = tokens(32, 12), step_indices(32, 8, 0, seed=1)
+    half = first.chunk(2)[1 - bad]
+    monkeypatch.setattr(peak_lr_module, "task_loss", real)
+    alone, _ = found(blocks=blocks[torch.cat([half, half])], order=torch.arange(8))
+    assert lr == pytest.approx(alone, rel=1e-4)
+
+
+def test_where_no_micro_batch_is_finite_the_training_says_so(monkeypatch):
+    model = tiny_model(num_layers=LAYERS)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    lr, _ = found(model)
+    assert lr == NOTHING_LOST
+    with pytest.raises(NumbersError, match="not finite in 3 steps in a row"):
+        transfer(bench(model, tokens(32, 12), job()), DOOMED, save_dtype=torch.float32)
 
 
 def test_a_step_of_that_length_against_the_signs_wins_back_about_the_whole_loss():

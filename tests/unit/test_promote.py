@@ -15,7 +15,8 @@ from tsp.audit import audit
 from tsp.errors import ConfigError, ModelError
 from tsp.policy import read_policy, read_requirement
 from tsp.promote import Outcome, Wanted, promote, roll_back
-from tsp.tracking.promotion import Decision, locked, recorded
+from tsp.tracking.lock import locked
+from tsp.tracking.promotion import Decision, move, recorded
 from tsp.tracking.registry import checkpoint_path, register_checkpoint
 from tsp.tracking.run import start_run
 from tsp.tracking.versions import evidence_of, find_version, record_evaluation, registry, versions_of
@@ -265,6 +266,46 @@ def test_audit_finds_a_decision_that_was_not_carried_out(shop):
     (fault,) = shop.audit()["faults"]
     assert "was interrupted: decide again" in fault
     shop.ask("2")
+    assert shop.audit()["faults"] == []
+
+
+@pytest.mark.parametrize("before", [(), ("1",)])
+def test_a_promotion_that_was_interrupted_behind_the_move_is_settled_by_itself(shop, before):
+    for version in before:
+        shop.ask(version)
+    behind = before[-1] if before else None
+    one = Decision(kind="promotion", model=shop.name, version="2", alias="champion", previous=behind, behind=behind)
+    with registry(shop.root) as client, pytest.raises(RuntimeError), locked(client, shop.name), recorded(client, one):
+        move(client, one)
+        raise RuntimeError("power")
+    assert "interrupted" in shop.audit()["faults"][-1]
+    settled = shop.ask("2")
+    assert (settled.unchanged, settled.decision.outcome) == (False, "accepted")
+    assert shop.audit()["faults"] == []
+    assert shop.ask("2").unchanged
+    if before:
+        assert shop.roll_back().decision.version == "1"
+
+
+def test_an_alias_that_was_given_by_hand_is_taken_on(shop):
+    shop.ask("1")
+    with registry(shop.root) as client:
+        client.set_registered_model_alias(shop.name, "champion", "4")
+    assert not shop.ask("4").unchanged
+    assert shop.audit()["faults"] == []
+    assert shop.aliases() == {"champion": "4", "previous_champion": "1"}
+
+
+def test_a_deleted_version_is_no_fault_of_the_aliases(shop):
+    for version in ("1", "2", "4"):
+        shop.ask(version)
+    with registry(shop.root) as client:
+        made = find_version(client, shop.name, "1")
+        client.create_model_version(shop.name, made.source, made.run_id, tags=made.tags, model_id=made.model_id)
+        shop.ask("5")
+        client.delete_model_version(shop.name, "2")
+    shop.roll_back()
+    assert shop.aliases() == {"champion": "4", "previous_champion": "1"}
     assert shop.audit()["faults"] == []
 
 

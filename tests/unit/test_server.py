@@ -35,7 +35,8 @@ RACER = """
 import sys, time
 from pathlib import Path
 from mlflow import MlflowClient
-from tsp.tracking.promotion import Decision, holder, locked, move, recorded
+from tsp.tracking.lock import locked
+from tsp.tracking.promotion import Decision, holder, move, recorded
 from tsp.tracking.store import open_store, resolve_uri
 uri, mine, log = resolve_uri(Path.cwd()), sys.argv[1], Path("race.log")
 open_store(uri, Path.cwd())

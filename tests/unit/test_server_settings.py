@@ -112,6 +112,14 @@ def test_users_need_a_package(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_password_that_nobody_would_be_asked_for_is_refused(tmp_path):
+    (tmp_path / "password").write_text("long enough to be one")
+    with pytest.raises(ConfigError, match="--admin-password-file is for a server with users"):
+        serve(tmp_path, auth=False, admin_password_file=tmp_path / "password")
+    with pytest.raises(ConfigError, match="the admin's password cannot be read"):
+        serve(tmp_path, port=free_port(), admin_password_file=tmp_path / "none")  # Looked at on this machine, too.
+
+
 def test_the_admins_password(tmp_path):
     made = admin_of(None, tmp_path)
     assert made.password not in repr(made)

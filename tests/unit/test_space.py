@@ -97,6 +97,10 @@ def test_the_default_space_holds_the_jobs_own_values(method):
             {"transfer": "stage2", "stage2__task": {"lm": 1, "distill": 0}, "stage2__gates": "hold"},
             {f"stage2.{key}" for key in ("lr_scale", "task.distill", "temperature", "hidden", "gates", "lambda2")},
         ),
+        (
+            {"transfer": "stage2", "stage2__task": {"lm": 0, "distill": 0}, "stage2__gates": "hold"},
+            {f"stage2.{key}" for key in ("lr_scale", "temperature", "hidden", "gates", "lambda2")},
+        ),
     ],
 )
 def test_the_default_space_is_that_of_the_transfer(settings, keys):

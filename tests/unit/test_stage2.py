@@ -13,19 +13,28 @@ from tsp.methods.trsp import stage2
 from tsp.methods.trsp.stage2 import gate_value, learning_rate, transfer
 
 
-def test_no_engine_stays_on_the_model():
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_no_optimizer_outlives_its_training(stage):
+    """That of the learning rate before it, and of the training after it."""
     import gc
 
-    from deepspeed import DeepSpeedEngine
+    def held(word):
+        kinds = (type(thing) for thing in gc.get_objects())
+        ours = (kind.__name__ for kind in kinds if str(kind.__module__).startswith("deepspeed"))
+        return sum(word in name for name in ours)
 
-    def num_engines():
-        gc.collect()
-        return sum(type(thing) is DeepSpeedEngine for thing in gc.get_objects())
-
-    before = num_engines()
-    made = transferred(stage2__steps=1)
-    assert hooks(made.decoder.model) == []
-    assert num_engines() == before
+    gc.collect()
+    engines, optimizers, during = held("DeepSpeedEngine"), held("Optimizer"), []
+    made = bench(tiny_model(num_layers=LAYERS), tokens(32, 12), job(stage2__steps=1, stage2__trainable="full"), stage)
+    made.after_step = lambda *_: during.append((held("DeepSpeedEngine"), held("Optimizer")))
+    transfer(made, DOOMED, save_dtype=torch.float32)
+    # With all weights trained the teacher is a model of its own, which ZeRO-3 shards without an optimizer.
+    [(found, of_training)] = during
+    assert found - engines == (2 if stage == 3 else 1)
+    with made.engine.mounted(made.decoder.model):
+        assert held("DeepSpeedEngine") - engines == (stage == 3)
+        assert held("Optimizer") == optimizers < of_training or stage == 0
+    assert stage == 3 or hooks(made.decoder.model) == []
 
 
 @pytest.mark.parametrize("gates", ["hold", "anneal", "off"])

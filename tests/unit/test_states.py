@@ -118,6 +118,14 @@ def test_the_last_two_are_kept_and_hold_nothing_frozen(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_run_has_half_written_goes(tmp_path):
+    for name in ("00000003-stage2-0123456789abcdef.tmp", "00000009-stage1-0123456789abcdef.tmp"):
+        (tmp_path / name).write_bytes(bytes(9))
+    made, _ = started(tmp_path, STAGE2, 0)
+    transfer(made, DOOMED, save_dtype=torch.float32)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+
+
 @pytest.mark.parametrize("damage", ["changed", "cut", "empty"])
 def test_a_damaged_state_is_passed_over(tmp_path, damage, caplog):
     cut, _ = started(tmp_path, STAGE2, 0, stop_after=5)

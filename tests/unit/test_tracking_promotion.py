@@ -10,7 +10,8 @@ import pytest
 
 from tsp.errors import PromotionError
 from tsp.policy import Verdict
-from tsp.tracking import promotion
+from tsp.tracking import lock
+from tsp.tracking.lock import locked
 from tsp.tracking.note import note_for
 from tsp.tracking.promotion import (
     Decision,
@@ -18,7 +19,6 @@ from tsp.tracking.promotion import (
     experiment_of,
     holder,
     line_of_holders,
-    locked,
     move,
     recorded,
 )
@@ -28,7 +28,7 @@ HOLDER = """
 import time
 from pathlib import Path
 from mlflow import MlflowClient
-from tsp.tracking.promotion import locked
+from tsp.tracking.lock import locked
 from tsp.tracking.store import resolve_uri
 with locked(MlflowClient(resolve_uri(Path.cwd())), "pruned"):
     print("held", flush=True)
@@ -38,7 +38,7 @@ RACER = """
 import sys, time
 from pathlib import Path
 from mlflow import MlflowClient
-from tsp.tracking.promotion import locked
+from tsp.tracking.lock import locked
 from tsp.tracking.store import resolve_uri
 client, log = MlflowClient(resolve_uri(Path.cwd())), Path("race.log")
 for _ in range(5):
@@ -161,7 +161,7 @@ def test_somebody_who_moves_the_alias_by_hand_is_noticed(client, monkeypatch):
 
 
 def test_the_lock_is_given_back_and_waited_for(client, monkeypatch):
-    monkeypatch.setattr(promotion, "_LOCK_WAIT_S", 0.5)
+    monkeypatch.setattr(lock, "_LOCK_WAIT_S", 0.5)
     with locked(client, "pruned"):
         with pytest.raises(PromotionError, match=r"@.*, process \d+ decides about pruned at this moment"):
             locked(client, "pruned").__enter__()
@@ -176,7 +176,7 @@ def test_the_lock_is_given_back_and_waited_for(client, monkeypatch):
 
 def test_a_lock_that_was_left_behind_is_taken_away(client, monkeypatch):
     locked(client, "pruned").__enter__()
-    monkeypatch.setattr(promotion, "_LOCK_STALE_S", 0.0)
+    monkeypatch.setattr(lock, "_LOCK_STALE_S", 0.0)
     time.sleep(0.01)
     with locked(client, "pruned"):
         pass
@@ -184,8 +184,8 @@ def test_a_lock_that_was_left_behind_is_taken_away(client, monkeypatch):
 
 
 def test_the_lock_of_a_killed_process_is_waited_for(client, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(promotion, "_LOCK_STALE_S", 5.0)
-    monkeypatch.setattr(promotion, "_TELL_AFTER_S", 0.0)
+    monkeypatch.setattr(lock, "_LOCK_STALE_S", 5.0)
+    monkeypatch.setattr(lock, "_TELL_AFTER_S", 0.0)
     with subprocess.Popen([sys.executable, "-c", HOLDER], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout.readline() == "held\n"
         killed.kill()
@@ -194,6 +194,35 @@ def test_the_lock_of_a_killed_process_is_waited_for(client, tmp_path, monkeypatc
     assert f"process {killed.pid} decides about pruned at this moment, or was killed while it did" in caplog.text
     assert "is taken away" in caplog.text
     assert [model.name for model in client.search_registered_models()] == ["pruned"]
+
+
+@pytest.mark.parametrize("clock", [-3600, 3600])
+def test_a_lock_is_held_whatever_the_clock_of_who_waits_says(client, monkeypatch, clock):
+    real = time.time
+    monkeypatch.setattr(lock, "_LOCK_WAIT_S", 0.5)
+    with locked(client, "pruned"):
+        monkeypatch.setattr(time, "time", lambda: real() + clock)
+        with pytest.raises(PromotionError, match="decides about pruned"):
+            locked(client, "pruned").__enter__()
+
+
+def test_who_took_too_long_leaves_the_lock_of_the_next(client):
+    slow = locked(client, "pruned")
+    slow.__enter__()
+    client.delete_registered_model("pruned.lock")
+    with locked(client, "pruned"):
+        slow.__exit__(None, None, None)
+        assert "pruned.lock" in [model.name for model in client.search_registered_models()]
+
+
+def test_decisions_come_in_their_order_whatever_the_clocks_say(client, monkeypatch):
+    real = time.time
+    for number, (version, previous) in enumerate((("1", None), ("2", "1"), ("3", "2"))):
+        monkeypatch.setattr(time, "time", lambda number=number: real() - 60 * number)
+        carry_out(client, decision(version, previous))
+    assert [one.version for one in decisions(client, "pruned")] == ["1", "2", "3"]
+    times = [one.time_ms for one in decisions(client, "pruned")]
+    assert times == sorted(times, reverse=True), "the second and third had clocks that are slow"
 
 
 def test_only_one_process_is_inside(client, tmp_path):

@@ -1,8 +1,14 @@
 """A real tracking server that is started, killed and started again: training never waits, and nothing is lost."""
 
 import shutil
+import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -10,9 +16,9 @@ import pytest
 from tests.mlflow_server import Server
 from tsp.errors import TrackingError
 from tsp.tracking import run as run_module
+from tsp.tracking.manifest import file_faults
 from tsp.tracking.registry import checkpoint_path, register_checkpoint
 from tsp.tracking.run import start_run
-from tsp.tracking.spool import sync
 from tsp.tracking.store import open_store, spool_folder
 
 pytestmark = pytest.mark.slow
@@ -62,6 +68,99 @@ def test_checkpoint_goes_to_a_remote_registry_and_back(server, tmp_path):
             assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
+def test_two_that_fetch_a_version_at_once_both_have_it(server, tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "out" / "model")
+    tracker = start_run(tmp_path, experiment="remote", run_name=None, tags={}, params={})
+    about = {"run_id": tracker.run_id, "tags": {}, "description": "", "metadata": {}}
+    register_checkpoint(tracker.uri, checkpoint, "fetched", **about)
+    tracker.finish("FINISHED")
+    code = (
+        "from pathlib import Path; from tsp.tracking.registry import checkpoint_path; "
+        "print(checkpoint_path('models:/fetched/1', Path.cwd()))"
+    )
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    folders = {rank.communicate()[0].strip().splitlines()[-1] for rank in ranks}
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    [folder] = folders
+    assert (Path(folder) / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
+
+
+def test_a_file_that_the_server_has_lost_is_gone(server, tmp_path):
+    from mlflow import MlflowClient
+
+    checkpoint = make_checkpoint(tmp_path / "out" / "model")
+    tracker = start_run(tmp_path, experiment="remote", run_name=None, tags={}, params={})
+    about = {"run_id": tracker.run_id, "tags": {}, "description": "", "metadata": {}}
+    register_checkpoint(tracker.uri, checkpoint, "lossy", **about)
+    tracker.finish("FINISHED")
+    client = MlflowClient(server.uri)
+    version = client.get_model_version("lossy", "1")
+    assert file_faults(client, version) == []
+    [lost] = [
+        path for path in (server.folder / "served").rglob("model/config.json") if version.source[-32:] in str(path)
+    ]
+    lost.unlink()
+    assert file_faults(client, version) == ["model/config.json is gone"]
+
+
+class Narrow(BaseHTTPRequestHandler):
+    """A proxy in front of a server that lets no file through that is larger than a megabyte, as nginx does."""
+
+    behind = ""
+
+    def _pass_on(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.command == "PUT" and len(body) > 2**20:
+            self.send_response(413)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        asked = urllib.request.Request(self.behind + self.path, body or None, dict(self.headers), method=self.command)
+        try:
+            answer = urllib.request.urlopen(asked)
+        except urllib.error.HTTPError as error:
+            answer = error
+        content = answer.read()
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.headers.get("Content-Type", "application/json"))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass_on
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_file_that_is_refused_for_good_holds_up_nothing(server, tmp_path, monkeypatch, caplog):
+    """The model, too: the job is FINISHED and says that it is not registered."""
+    from mlflow import MlflowClient
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Proxy", (Narrow,), {"behind": server.uri}))
+    Thread(target=proxy.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_port}")
+    tracker = start_run(tmp_path, experiment="narrow", run_name=None, tags={}, params={})
+    (tmp_path / "large.bin").write_bytes(bytes(2**21))
+    tracker.artifact(tmp_path / "large.bin")
+    checkpoint = make_checkpoint(tmp_path / "out" / "model")
+    assert tracker.register(checkpoint, "narrow", tags={}, description="", metadata={}) is None
+    assert "413" in caplog.text
+    tracker.metrics({"loss": 1.0}, step=0)
+    tracker.finish("FINISHED")
+    proxy.shutdown()
+    assert not list(spool_folder(tmp_path).glob("*.jsonl"))
+    run = MlflowClient(server.uri).get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics["loss"]) == ("FINISHED", 1.0)
+
+
+def command(word: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "tsp", word], cwd=folder, capture_output=True, text=True)
+
+
 def test_outage_costs_the_job_nothing_and_loses_nothing(server, tmp_path, monkeypatch, capsys):
     from mlflow import MlflowClient
 
@@ -94,12 +193,15 @@ def test_outage_costs_the_job_nothing_and_loses_nothing(server, tmp_path, monkey
     with pytest.raises(TrackingError, match="does not answer"):
         open_store(server.uri, tmp_path)
     assert time.monotonic() - start < 10
-    ((_, _, left),) = sync(tmp_path)
-    assert left > 0
+    start = time.monotonic()
+    assert command("sync", tmp_path).returncode == 1
+    assert time.monotonic() - start < 60
 
     server.start()
-    ((run_id, _, left),) = sync(tmp_path)
-    assert (run_id, left) == (tracker.run_id, 0)
+    # The watcher of the job that has ended has ten minutes; `tsp sync` need not wait for it.
+    assert command("sync", tmp_path).returncode == 0
+    run_id = tracker.run_id
+    assert not list(spool_folder(tmp_path).glob("*.jsonl"))
     client = MlflowClient(server.uri)
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"

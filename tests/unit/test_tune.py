@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -207,3 +208,8 @@ def test_no_trial_is_begun_that_would_end_too_late(elapsed, seconds, room):
 def test_a_bound_is_refused(search, tmp_path):
     with pytest.raises(ConfigError, match=r"give it \(--num-drop\) instead of prune.max_ppl_ratio 1.1"):
         search(tmp_path, prune__max_ppl_ratio=1.1)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_search(search):
+    with pytest.raises(ConfigError, match="--best /proc/tuned.yaml cannot be written"):
+        search(Path("/proc"))

@@ -147,5 +147,8 @@ def test_tracking_server_needs_no_second_one(root, monkeypatch, capsys):
     shown = {"experiments": "http://somewhere/#/experiments"}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somewhere")
     monkeypatch.setattr("tsp.tracking.ui.links", lambda base, uri: shown if base == uri == "http://somewhere" else {})
-    assert serve_ui(root, 5000) == 0
+    with socket.socket() as server:  # It may be on this machine, on just this port.
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        assert serve_ui(root, server.getsockname()[1]) == 0
     assert capsys.readouterr().out.split() == ["experiments", "http://somewhere/#/experiments"]

@@ -15,7 +15,7 @@ import torch
 from tsp.config import EvalConfig
 from tsp.errors import ConfigError, ModelError
 from tsp.evaluation.speed import wait
-from tsp.fresh import run_fresh
+from tsp.fresh import told_fresh
 
 
 def check_fits(config: EvalConfig, max_positions: int) -> None:
@@ -71,10 +71,10 @@ def measure_folder(folder: str, config: EvalConfig, device: torch.device, dtype:
     settings = {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "trust": trust}
     # As many threads as this process has: ranks share the cores.
     settings |= {"threads": torch.get_num_threads(), "eval": config.model_dump(mode="json")}
-    done = run_fresh("tsp.evaluation.generation_speed", folder, json.dumps(settings))
-    if done.returncode:
-        raise ModelError(f"{folder} does not generate: {' '.join(done.stderr.strip().splitlines()[-1:])}")
-    return json.loads(done.stdout.strip().splitlines()[-1])["tokens_per_s"]
+    try:
+        return told_fresh("tsp.evaluation.generation_speed", folder, json.dumps(settings))["tokens_per_s"]
+    except ChildProcessError as error:
+        raise ModelError(f"{folder} does not generate: {error}") from None
 
 
 def _main(folder: str, text: str) -> None:

@@ -106,8 +106,8 @@ def _deliver_one(client: "MlflowClient", run_id: str, kind: str, record: Record,
             _register(client, run_id, record)
         elif kind == "status":
             _set_status(client, run_id, record)
-    except (MlflowException, ValueError) as error:
-        if isinstance(error, MlflowException) and error.error_code != "INVALID_PARAMETER_VALUE":
+    except (MlflowException, OSError, ValueError) as error:
+        if not isinstance(error, ValueError) and not _is_refusal(error):
             raise
         _require_active(client, run_id)
         log.warning("MLflow refuses the %s %s: %s", kind, record, _first_line(error))
@@ -149,10 +149,18 @@ def _register(client: "MlflowClient", run_id: str, record: Record) -> None:
     except ModelError as error:
         raise ValueError(str(error)) from error  # The folder is gone.
     except TrackingError as error:
-        # A right that one lacks, or a name that this registry does not take.
-        if getattr(error.__cause__, "error_code", None) in ("PERMISSION_DENIED", "INVALID_PARAMETER_VALUE"):
+        if _is_refusal(error.__cause__):
             raise ValueError(str(error)) from error
         raise
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether it would be the same the next time: a right is lacking, a name is not taken, a file is too large."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        # Files go by plain HTTP, past a proxy perhaps. 401, 408, 429: the password, the time, the rate.
+        return 400 <= response.status_code < 500 and response.status_code not in (401, 408, 429)
+    return getattr(error, "error_code", None) in ("PERMISSION_DENIED", "INVALID_PARAMETER_VALUE")
 
 
 def _set_status(client: "MlflowClient", run_id: str, record: Record) -> None:

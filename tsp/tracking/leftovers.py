@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from tsp.safety import known_files
 from tsp.tracking.manifest import download_name
+from tsp.tracking.pages import search_pages
 from tsp.tracking.registry import CHECKPOINT_TAG
 from tsp.tracking.store import mlruns_folder
-from tsp.tracking.versions import model_names, registry, search_pages, versions_of
+from tsp.tracking.versions import model_names, registry, versions_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -126,8 +127,10 @@ def _has_all_of(client: "MlflowClient", version: "ModelVersion", checkpoint: Pat
 
 def _downloads(folder: Path, kept: set[str]) -> Iterator[Leftover]:
     for download in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if download.is_dir() and not download.name.startswith(".") and download.name not in kept:
-            yield Leftover(what="download", why="no alias leads to it; it is fetched again when needed", path=download)
+        known = download.name.startswith(".") or download.name in kept
+        # A job may read it; whoever fetches it marks it.
+        if download.is_dir() and not known and _untouched(download):
+            yield Leftover(what="download", why="no alias leads to it, nobody has used it for a day", path=download)
 
 
 def _logged_models(client: "MlflowClient", versions: "list[ModelVersion]") -> Iterator[Leftover]:
@@ -149,7 +152,7 @@ def _logged_models(client: "MlflowClient", versions: "list[ModelVersion]") -> It
 
 
 def _half_made(mlruns: Path) -> Iterator[Leftover]:
-    for pattern in ("output/.*", "output/*/.*", "output/*/*.tmp", "cache/.*"):
+    for pattern in ("output/.*", "output/*/.*", "cache/.*"):
         for path in sorted(mlruns.glob(pattern)):
             named = path.name.startswith((*_HALF_MADE, ".removed-")) or path.suffix == ".tmp"
             if path.is_dir() and named and _untouched(path):

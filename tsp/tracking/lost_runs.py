@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsp.tracking.existing import existing_store
+from tsp.tracking.pages import search_pages
 from tsp.tracking.results import KIND_TAG
 from tsp.tracking.run import FAILURE_TAG, PARENT_TAG
 from tsp.tracking.store import open_store, spool_folder
-from tsp.tracking.versions import search_pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -91,7 +91,6 @@ def _in(folder: Path, name: str) -> Iterator[Path | None]:
 def _fetched(client: "MlflowClient", location: str, name: str) -> Iterator[Path | None]:
     """One file of a version where it can be read; None: it is not there."""
     import mlflow.artifacts
-    from mlflow.exceptions import MlflowException
     from mlflow.utils.file_utils import local_file_uri_to_path
     from mlflow.utils.uri import is_local_uri
 
@@ -99,15 +98,11 @@ def _fetched(client: "MlflowClient", location: str, name: str) -> Iterator[Path 
         with _in(Path(local_file_uri_to_path(location)), name) as path:
             yield path
         return
+    file, store = f"{location.rstrip('/')}/{name}", client.tracking_uri
+    # mlflow 3.17 reports a download of what is not there as it does any failure.
+    listed = mlflow.artifacts.list_artifacts(artifact_uri=file.rpartition("/")[0], tracking_uri=store)
+    if file.rpartition("/")[2] not in {info.path.rpartition("/")[2] for info in listed}:
+        yield None
+        return
     with tempfile.TemporaryDirectory(prefix="tsp-") as folder:
-        try:
-            found: Path | None = Path(
-                mlflow.artifacts.download_artifacts(
-                    artifact_uri=f"{location.rstrip('/')}/{name}", dst_path=folder, tracking_uri=client.tracking_uri
-                )
-            )
-        except MlflowException as error:
-            if error.get_http_status_code() != 404:
-                raise
-            found = None
-        yield found
+        yield Path(mlflow.artifacts.download_artifacts(artifact_uri=file, dst_path=folder, tracking_uri=store))

@@ -10,11 +10,8 @@ move is not known here.
 """
 
 import getpass
-import logging
-import os
 import socket
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tsp.errors import PromotionError
 from tsp.masking import masked_tree
 from tsp.policy import Verdict
+from tsp.tracking.pages import search_pages
 from tsp.tracking.results import KIND_TAG
 from tsp.tracking.store import ensure_experiment
 
@@ -29,20 +27,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-log = logging.getLogger("tsp")
-
 PREVIOUS = "previous_"
 """Before an alias: the version that had it before."""
 DECISION_KIND = "decision"
 ACCEPTED = "accepted"
 DECISION_FILE = "decision.json"
-
-LOCK = ".lock"
-_LOCK_STALE_S = 120.0
-"""Nothing under the lock takes more than a few requests: whoever holds it for longer is dead."""
-_LOCK_WAIT_S = _LOCK_STALE_S + 30
-_LOCK_POLL_S = 0.2
-_TELL_AFTER_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,38 +94,6 @@ def holder(client: "MlflowClient", name: str, alias: str) -> str | None:
     return None if version is None else str(version)
 
 
-@contextmanager
-def locked(client: "MlflowClient", name: str) -> Iterator[None]:
-    """Only one process, on whatever machine, decides about a model inside the block.
-
-    The lock is a registered model `NAME.lock`: its name is unique in the database, so that only one can create it, be
-    the store a file, PostgreSQL or behind a server. One that a killed process has left behind is taken away when it is
-    two minutes old; others wait for that.
-
-    Raises:
-        PromotionError: others hold it, for two minutes and a half.
-    """
-    lock, me = f"{name}{LOCK}", f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}"
-    started, told = time.monotonic(), False
-    while not _created(client, lock, me):
-        waited_s = time.monotonic() - started
-        if waited_s > _TELL_AFTER_S and not told:
-            log.warning(
-                "%s decides about %s at this moment, or was killed while it did; waiting for at most %.0f s",
-                *(_lock_holder(client, lock), name, _LOCK_WAIT_S),
-            )
-            told = True
-        if waited_s > _LOCK_WAIT_S:
-            raise PromotionError(
-                f"{_lock_holder(client, lock)} decides about {name} at this moment; try again in a minute"
-            )
-        time.sleep(_LOCK_POLL_S)
-    try:
-        yield
-    finally:
-        client.delete_registered_model(lock)
-
-
 def move(client: "MlflowClient", decision: Decision) -> None:
     """Give the alias to the version; first, what had it is made to be found under `previous_ALIAS`.
 
@@ -161,6 +118,8 @@ def move(client: "MlflowClient", decision: Decision) -> None:
 def recorded(client: "MlflowClient", decision: Decision) -> Iterator[str]:
     """Write a decision down as a run; it stays open while the block carries it out, so that a half-done one shows.
 
+    Under the lock, so that decisions can be numbered: a run's times are those of the clock of whoever decided.
+
     Yields:
         The run's id.
     """
@@ -177,6 +136,7 @@ def recorded(client: "MlflowClient", decision: Decision) -> Iterator[str]:
         "refusal": decision.refusal,
         "policy": decision.policy,
         "evidence": ",".join(decision.evidence),
+        "number": str(len(decisions(client, decision.model)) + 1),
     }
     title = f"{decision.alias}: {decision.previous or 'none'} -> {decision.version} {decision.outcome}"
     experiment_id = ensure_experiment(client, experiment_of(decision.model))
@@ -203,19 +163,10 @@ def decisions(client: "MlflowClient", name: str) -> list[Recorded]:
     experiment = client.get_experiment_by_name(experiment_of(name))
     if experiment is None:
         return []
-    found: list[Recorded] = []
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment.experiment_id],
-            f"tags.`{KIND_TAG}` = '{DECISION_KIND}'",
-            order_by=["start_time ASC"],
-            page_token=token,
-        )
-        found += map(_as_recorded, page)
-        token = page.token
-        if not token:
-            return found
+    condition = f"tags.`{KIND_TAG}` = '{DECISION_KIND}'"
+    runs = list(search_pages(client.search_runs, [experiment.experiment_id], condition, order_by=["start_time ASC"]))
+    # Of those that an earlier release has recorded only the time is known.
+    return [_as_recorded(run) for run in sorted(runs, key=lambda run: int(run.data.tags.get("number", 0)))]
 
 
 def line_of_holders(history: Iterable[Recorded], alias: str) -> list[str]:
@@ -226,13 +177,24 @@ def line_of_holders(history: Iterable[Recorded], alias: str) -> list[str]:
             continue
         if one.kind == "promotion":
             # Who had it before may have got it without us.
-            line += [one.previous] if one.previous and line[-1:] != [one.previous] else []
-            line.append(one.version)
+            line += [number for number in (one.previous,) if number and line[-1:] != [number]]
+            line += [one.version] if line[-1:] != [one.version] else []
         else:
             # Its last turn: a version may have had it twice.
             turns = [number for number, version in enumerate(line, start=1) if version == one.version]
             line = line[: turns[-1]] if turns else [one.version]
     return line
+
+
+def before_last(line: Sequence[str], there: Collection[str]) -> str | None:
+    """Of a `line_of_holders`, the version that had the alias before the last and is still there; None: none is.
+
+    Args:
+        line: the holders.
+        there: the versions that are not deleted.
+    """
+    known = [number for number in line[:-1] if number in there]
+    return known[-1] if known else None
 
 
 def _as_recorded(run: "Run") -> Recorded:
@@ -255,34 +217,3 @@ def requirement_table(rows: Sequence[Verdict]) -> dict[str, list[Any]]:
         "verdict": [row.verdict for row in rows],
         "note": [row.note for row in rows],
     }
-
-
-def _created(client: "MlflowClient", lock: str, me: str) -> bool:
-    """Whether the lock is ours now."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(lock, tags={"holder": me}, description="Held while an alias moves.")
-        return True
-    except MlflowException as error:
-        # mlflow 3.17 looks at the model that was there first, which may be gone by then.
-        if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
-            raise
-    try:
-        held_s = time.time() - client.get_registered_model(lock).creation_timestamp / 1000
-        if held_s > _LOCK_STALE_S:
-            log.warning("%s was left behind %.0f s ago and is taken away", lock, held_s)
-            client.delete_registered_model(lock)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-    return False
-
-
-def _lock_holder(client: "MlflowClient", lock: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return str(client.get_registered_model(lock).tags.get("holder", "somebody"))
-    except MlflowException:
-        return "somebody"

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tsp.config import ModelConfig
 from tsp.errors import ModelError, TrackingError
+from tsp.files import place
 from tsp.masking import masked
 from tsp.safety import known_files
 from tsp.tracking.existing import existing_store
@@ -82,7 +82,10 @@ def register_checkpoint(
                 return name, str(max(int(version.version) for version in existing))
             logged, manifest = _log_model(client, checkpoint, name, run_id, metadata)
             version = _create_version(client, logged, name, {**tags, MANIFEST_TAG: manifest}, description)
-    except MlflowException as error:
+    except (MlflowException, OSError) as error:
+        # Files go by requests, whose errors are heirs of OSError; one of this disk is not the store's.
+        if isinstance(error, OSError) and not hasattr(error, "response"):
+            raise
         raise TrackingError(f"{checkpoint} cannot be registered as {name!r} at {shown(uri)}: {error}") from error
     return name, str(version.version)
 
@@ -193,7 +196,9 @@ def _build(out: Path, checkpoint: Path, name: str, logged: "LoggedModel", metada
     (out / "model").mkdir(parents=True, exist_ok=True)
     for path in known_files(checkpoint):
         place(path, out / "model" / path.name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    # Where Python code is handed on, the job had leave to run it.
+    code = any(path.suffix == ".py" for path in known_files(checkpoint))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=code)
     tokenizer.save_pretrained(out / "components" / "tokenizer")
     _write_environment(out)
     text = Schema([ColSpec("string")])
@@ -225,17 +230,6 @@ def _build(out: Path, checkpoint: Path, name: str, logged: "LoggedModel", metada
     mlflow.pyfunc.add_to_model(model, loader_module="mlflow.transformers", **environment)
     model.save(str(out / "MLmodel"))
     return write_manifest(out)
-
-
-def place(source: Path, target: Path) -> None:
-    """Hard-link weights, copy the rest: small files are the ones somebody edits in place."""
-    if source.suffix == ".safetensors":
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            pass  # Another file system, or one without links: copy.
-    shutil.copy2(source, target)
 
 
 def _write_environment(out: Path) -> None:
@@ -295,5 +289,10 @@ def _fetch(client: "MlflowClient", name: str, version: str, root: Path) -> Path:
             mlflow.artifacts.download_artifacts(
                 artifact_uri=f"{location.rstrip('/')}/model", dst_path=folder, tracking_uri=client.tracking_uri
             )
-            os.replace(Path(folder) / "model", cache)
+            try:
+                os.replace(Path(folder) / "model", cache)
+            except OSError:
+                if not cache.is_dir():  # Another rank was faster.
+                    raise
+    os.utime(cache)  # It is used: see `leftovers.py`.
     return cache

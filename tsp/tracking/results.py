@@ -21,6 +21,7 @@ from tsp.config import flatten
 from tsp.errors import ConfigError, TrackingError
 from tsp.tracking.existing import existing_store
 from tsp.tracking.links import links_of
+from tsp.tracking.pages import search_pages
 from tsp.tracking.run import experiment_name
 from tsp.tracking.store import open_store, resolve_uri, shown
 from tsp.yaml12 import parse_yaml
@@ -116,14 +117,7 @@ def search_runs(root: Path, experiment: str, condition: str) -> "list[Run]":
     found = client.get_experiment_by_name(experiment)
     if found is None:
         return []
-    runs: list[Run] = []
-    token = None
-    while True:
-        page = client.search_runs([found.experiment_id], condition, order_by=["start_time DESC"], page_token=token)
-        runs += page
-        token = page.token
-        if not token:
-            return runs
+    return list(search_pages(client.search_runs, [found.experiment_id], condition, order_by=["start_time DESC"]))
 
 
 def _is_job(run: "Run") -> bool:
@@ -131,7 +125,7 @@ def _is_job(run: "Run") -> bool:
 
 
 def _require_experiment(client: "MlflowClient", name: str) -> None:
-    known = sorted(experiment.name for experiment in client.search_experiments())
+    known = sorted(experiment.name for experiment in search_pages(client.search_experiments))
     if name in known:
         return
     near = difflib.get_close_matches(name, known, n=1)

@@ -182,9 +182,9 @@ class Tracker:
             self.tags({FAILURE_TAG: reason})
         if self._owns_run:
             self._spool.append({"kind": "status", "status": status, "time_ms": now_ms()})
-        self._spool.close(DRAIN_S)
+        delivered = self._spool.close(DRAIN_S)
         if self._watcher is not None:
-            self._watcher.close()
+            self._watcher.close(delivered=delivered)
 
     def links(self, base_url: str | None = None) -> dict[str, str]:
         """Where to look at the run in the web UI, see `links_of`."""

@@ -59,7 +59,8 @@ def serve(
         artifacts: folder or URI below which all files are kept; None: a folder of the server.
         allowed_hosts: names by which clients call the server; none: those that this machine knows of itself. It always
             answers to `localhost`.
-        auth: whether users must say who they are; None: unless only this machine can reach it.
+        auth: whether users must say who they are; None: unless only this machine can reach it and nobody has set a
+            password.
         admin_password_file: holds the password of the user `admin`; None: one is made up at the first start.
 
     Returns:
@@ -70,7 +71,9 @@ def serve(
         TrackingError: a database that cannot be reached or has another mlflow's schema, a port in use, no start.
     """
     uri, folder = store_uri(store, root), mlruns_folder(root) / "server"
-    auth = not is_loopback(host) if auth is None else auth
+    if admin_password_file and auth is False:
+        raise ConfigError("--admin-password-file is for a server with users, --no-auth for one without; give one")
+    auth = bool(admin_password_file) or not is_loopback(host) if auth is None else auth
     if auth:
         require_auth()
     elif not is_loopback(host):

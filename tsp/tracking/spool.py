@@ -23,13 +23,16 @@ from tsp.errors import TrackingError
 from tsp.masking import MASK, masked
 from tsp.tracking.delivery import Record
 from tsp.tracking.spool_file import SpoolFile, is_ended
-from tsp.tracking.store import resolve_uri, shown, spool_folder, sqlite_path
+from tsp.tracking.store import open_store, resolve_uri, shown, spool_folder, sqlite_path
 
 log = logging.getLogger(__name__)
 
 SEND_INTERVAL_S = 0.5
 MAX_PAUSE_S = 30.0
 """The sender looks for new records this often; in an outage it waits longer and longer, up to the second."""
+
+PASSING_S = 6.0
+"""How long `sync` waits for a spool that somebody has: a watcher lets go of it after each try."""
 
 TAKEOVER_S = 30.0
 """How long a resumed run waits for the watcher of the killed one to let go of the spool."""
@@ -164,7 +167,7 @@ class Spool:
                 return
 
 
-def recover(folder: Path, run_id: str) -> Synced | None:
+def recover(folder: Path, run_id: str, *, wait_s: float = 0) -> Synced | None:
     """Deliver a spool whose writer is gone.
 
     A run of ours without a status is one whose process disappeared: it ends KILLED, at its last sign of life.
@@ -172,6 +175,7 @@ def recover(folder: Path, run_id: str) -> Synced | None:
     Args:
         folder: `mlruns/spool`.
         run_id: the run.
+        wait_s: for whoever has the spool now.
 
     Returns:
         What became of it; None where its writer is alive or nothing is left to deliver.
@@ -179,7 +183,7 @@ def recover(folder: Path, run_id: str) -> Synced | None:
     file = SpoolFile(folder, run_id)
     try:
         end_ms = file.path.stat().st_mtime_ns // 1_000_000
-        header = file.open(None, wait_s=0)
+        header = file.open(None, wait_s=wait_s)
     except (Timeout, FileNotFoundError):
         return None
     from mlflow import MlflowClient
@@ -188,7 +192,9 @@ def recover(folder: Path, run_id: str) -> Synced | None:
         file.append({"kind": "tags", "values": {"tsp.failure": "the process disappeared"}})
         file.append({"kind": "status", "status": "KILLED", "time_ms": end_ms})
     try:
-        file.send(MlflowClient(_find_store(header["uri"], folder)))
+        store = _find_store(header["uri"], folder)
+        open_store(store, folder.parent.parent)  # A server that is away is known at once.
+        file.send(MlflowClient(store))
     except Exception as error:  # noqa: BLE001  The spool stays, and the caller is told how much is left.
         log.warning("tracking: run %s is not delivered: %s", run_id, _first_line(error))
     left = len(file.owed())
@@ -202,6 +208,8 @@ def recover(folder: Path, run_id: str) -> Synced | None:
 def sync(root: Path) -> list[Synced]:
     """Deliver what the jobs of a working directory have left in their spools; those still running are skipped.
 
+    A watcher has a spool for moments, a job as long as it lives.
+
     Args:
         root: working directory, the folder that holds `mlruns/`.
 
@@ -209,7 +217,7 @@ def sync(root: Path) -> list[Synced]:
         One entry a spool that was touched.
     """
     folder = spool_folder(root)
-    found = [recover(folder, path.stem) for path in sorted(folder.glob("*.jsonl"))]
+    found = [recover(folder, path.stem, wait_s=PASSING_S) for path in sorted(folder.glob("*.jsonl"))]
     return [synced for synced in found if synced is not None]
 
 

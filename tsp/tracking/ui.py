@@ -40,12 +40,12 @@ def serve_ui(root: Path, port: int, *, writable: bool = False) -> int:
         TrackingError: a store this mlflow cannot read, a port in use, no start, or a tracking server that
             does not answer.
     """
-    check_port(LOOPBACK, port)
     uri = existing_store(root)
     path = sqlite_path(uri)
     if path is None:
         print_links(links(shown(uri), uri))
         return 0
+    check_port(LOOPBACK, port)
     open_store(uri, root)
     with site(path, port, writable=writable) as server:
         print_links(links(f"http://{LOOPBACK}:{port}", uri))

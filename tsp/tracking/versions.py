@@ -10,7 +10,7 @@ What the measurements mean is not known here. Aliases move in `tsp/tracking/prom
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from tsp.errors import ModelError, TrackingError
 from tsp.tracking.existing import existing_store
 from tsp.tracking.links import links_of
-from tsp.tracking.promotion import LOCK
+from tsp.tracking.lock import LOCK
+from tsp.tracking.pages import search_pages
 from tsp.tracking.registry import default_store
 from tsp.tracking.results import KIND_TAG, artifact_reader
 from tsp.tracking.store import ensure_experiment, open_store
@@ -157,9 +158,13 @@ def record_evaluation(
     tags = {KIND_TAG: EVALUATION_KIND, "model": version.name, "version": str(version.version)}
     title = f"version {version.version} on {', '.join(document['corpora'])}"
     run_id = client.create_run(experiment_id, run_name=title, tags=tags).info.run_id
-    for name, value in values.items():
-        client.log_metric(run_id, name, value)
-    client.log_dict(run_id, document, EVALUATION_FILE)
+    try:
+        client.log_dict(run_id, document, EVALUATION_FILE)
+        for name, value in values.items():
+            client.log_metric(run_id, name, value)
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
     client.set_terminated(run_id, "FINISHED")
     return run_id
 
@@ -191,14 +196,3 @@ def _some(names: Sequence[str]) -> str:
     """The first of them, for an error of one line."""
     more = len(names) - _NAMED
     return (", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")) or "none"
-
-
-def search_pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
-    """All that one of the client's searches finds, page by page."""
-    token = None
-    while True:
-        page = search(*arguments, **options, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return

@@ -4,7 +4,8 @@
 
 While the job lives it sleeps in `read`: no CPU, no mlflow, a few megabytes. When the pipe ends, because the job closed
 it or because the job is gone, the last word tells which. If it is not `closed`, the watcher delivers the spool and
-marks the run KILLED. SIGKILL of the job, lack of memory and a crash in a library are thus recorded like any other end.
+marks a run without a status KILLED. SIGKILL of the job, lack of memory and a crash in a library are thus recorded like
+any other end.
 
 At its start it has what earlier jobs of the folder have left behind delivered, so that `tsp sync` is seldom needed.
 """
@@ -43,10 +44,11 @@ class Watcher:
         # A forked worker that outlives the job must not hold the pipe open.
         os.register_at_fork(after_in_child=self._pipe.close)
 
-    def close(self) -> None:
-        """The run has its status: nothing to do for the watcher."""
+    def close(self, *, delivered: bool) -> None:
+        """The job has ended. What MLflow has not taken yet is the watcher's now; else there is nothing to do for it."""
         try:
-            self._pipe.write(CLOSED)
+            if delivered:
+                self._pipe.write(CLOSED)
             self._pipe.close()
         except OSError:
             pass  # The watcher is gone already.
@@ -54,15 +56,16 @@ class Watcher:
 
 
 def watch(run_id: str, folder: Path) -> None:
-    """Wait for the end of the job, and set its status if it could not do so itself."""
+    """Wait for the end of the job; then deliver what it could not, and set its status if it did not do so itself."""
     if sys.stdin.buffer.read().endswith(CLOSED):
         return
     from tsp.tracking.spool import recover
 
     deadline = time.monotonic() + PATIENCE_S
     while True:
-        synced = recover(folder, run_id)
-        if synced is None or synced.left == 0 or time.monotonic() > deadline:
+        recover(folder, run_id)
+        # It may be there and locked: by the job, which ends, or by one that goes on with the run.
+        if not (folder / f"{run_id}.jsonl").exists() or time.monotonic() > deadline:
             return
         time.sleep(PAUSE_S)
 

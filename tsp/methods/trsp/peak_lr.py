@@ -10,11 +10,12 @@ import logging
 from collections.abc import Collection
 
 import torch
+from torch import Tensor
 
 from tsp.losses import lm_loss, task_loss
 from tsp.methods.base import Bench
 from tsp.sharding import Gradients
-from tsp.training import micro_batches
+from tsp.training import micro_batches, usable
 
 log = logging.getLogger("tsp")
 
@@ -32,25 +33,33 @@ def peak_lr(bench: Bench, doomed: Collection[int]) -> float:
     config, engine, model = bench.config.stage2, bench.engine, bench.decoder.model
     excesses = []
     with engine.mounted(model, Gradients(num_micro_batches=bench.config.train.accumulation)) as mounted:
-        first = micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.transfer_seed)
-        for number, (tokens_BT, share) in enumerate(first):
-            if number:
-                mounted.end_micro_batch()
+
+        def loss(tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
             with torch.no_grad():
                 dense_BTV = mounted(tokens_BT)
                 floor = config.task.lm * lm_loss(dense_BTV, tokens_BT, share)
             with bench.decoder.bypassing(doomed):
                 pruned_BTV = mounted(tokens_BT)
-                loss = task_loss(
-                    pruned_BTV,
-                    tokens_BT,
-                    share,
-                    **dict(config.task),
-                    teacher_BTV=dense_BTV,
-                    temperature=config.temperature,
-                ).total
-                mounted.backward(loss)
-            excesses.append(loss.detach() - floor)
+            task = task_loss(
+                pruned_BTV,
+                tokens_BT,
+                share,
+                **dict(config.task),
+                teacher_BTV=dense_BTV,
+                temperature=config.temperature,
+            )
+            return {"total": task.total, "floor": floor}
+
+        first = micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.transfer_seed)
+        for number, parts in enumerate(usable(engine, first, loss, [])):
+            if number:
+                mounted.end_micro_batch()
+            # Under activation checkpointing the layers run again.
+            with bench.decoder.bypassing(doomed):
+                mounted.backward(parts["total"])
+            excesses.append(parts["total"].detach() - parts["floor"])
+        if not excesses:
+            return NOTHING_LOST  # The training will say why.
         mounted.release()
         trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
         norm = sum(float(engine.gradient(parameter).float().abs().sum()) for parameter in trained)

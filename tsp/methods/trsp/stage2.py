@@ -31,7 +31,7 @@ from tsp.penalties import gap_norm
 from tsp.progress import phase
 from tsp.sharding import AdamW
 from tsp.states import State
-from tsp.training import StepStats, micro_batches, train
+from tsp.training import StepStats, micro_batches, train, usable
 
 
 class Taught(NamedTuple):
@@ -215,8 +215,6 @@ class _Training:
         with self.bench.decoder.hidden_states(config.hidden > 0) as states:
             logits_BTV = self.model(tokens_BT)
         gaps = _sizes(self.bench, self.gates)
-        for index, size in gaps.items():
-            self.gap_sizes[index] += size.detach() / self.bench.config.train.accumulation
         task = task_loss(
             logits_BTV,
             tokens_BT,
@@ -232,19 +230,28 @@ class _Training:
         if dense and dense.hidden:
             parts["hidden"] = hidden_loss(states, dense.hidden, self.doomed)
             parts["total"] = parts["total"] + config.hidden * parts["hidden"]
+        if torch.isfinite(parts["total"]):  # Else it is left out.
+            for index, size in gaps.items():
+                self.gap_sizes[index] += size.detach() / self.bench.config.train.accumulation
         return parts
 
 
 def _penalty_weight(bench: Bench, model: Mounted, gates: Gates) -> float:
     """lambda2, in the unit that the first step's sequences give before anything is trained."""
-    config, engine, parts = bench.config.stage2, bench.engine, []
+    config, engine = bench.config.stage2, bench.engine
     if config.lambda2_unit == "one" or config.gates == "off" or not config.lambda2:
         return config.lambda2
+
+    def loss(tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
+        gates.gaps.clear()
+        lm = lm_loss(model(tokens_BT), tokens_BT, share)
+        return {"total": lm, "all": torch.stack([lm, *_sizes(bench, gates).values()])}
+
     with torch.no_grad():
-        for tokens_BT, share in micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.transfer_seed):
-            gates.gaps.clear()
-            lm = lm_loss(model(tokens_BT), tokens_BT, share)
-            parts.append(torch.stack([lm, *_sizes(bench, gates).values()]))
+        batches = micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.transfer_seed)
+        parts = [found["all"] for found in usable(engine, batches, loss, [])]
+    if not parts:
+        return config.lambda2  # The training will say why.
     first = engine.mean(torch.stack(parts).mean(dim=0))
     gap = float(first[1:].sum())
     return config.lambda2 * float(first[0]) / gap if gap else config.lambda2
