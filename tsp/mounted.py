@@ -1,7 +1,9 @@
 """A model that can run and train; `engine.Engine.mounted` makes it."""
 
+import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,11 +19,40 @@ class Mounted:
         self.model = model
         self._engine = engine
         self._accumulation = accumulation
+        self._apart: Any = None
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
+        return self._forward(tokens_BT).logits
+
+    def run(self, tokens_BT: Tensor) -> None:
+        """A pass for what hooks see of it: of the logits only the last ones are computed, as far as the model can."""
+        fewer = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
+        self._forward(tokens_BT, **fewer)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """For passes that take turns with others and run other modules: a teacher's beside a student's.
+
+        ZeRO-3 gathers ahead by the order of the modules in the pass before. Passes of two orders would make it forget
+        each other's every time, and each gather be waited for; those inside the block have an order of their own.
+        """
+        offload = getattr(getattr(self._engine, "optimizer", None), "parameter_offload", None)
+        if offload is None:
+            yield
+            return
+        if self._apart is None:
+            self._apart = copy.copy(offload.param_coordinator)
+            self._apart._clear_trace_structures()
+        outside, offload.param_coordinator = offload.param_coordinator, self._apart
+        try:
+            yield
+        finally:
+            offload.param_coordinator = outside
+
+    def _forward(self, tokens_BT: Tensor, **options: Any) -> Any:
         # Without an optimizer DeepSpeed's own forward forbids a backward; its ZeRO-3 hooks sit on the module.
         runner = self._engine or self.model
-        return runner(input_ids=token_ids(tokens_BT), use_cache=False).logits
+        return runner(input_ids=token_ids(tokens_BT), use_cache=False, **options)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's mean loss; the gradients of a step's micro-batches are averaged."""

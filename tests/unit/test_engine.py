@@ -96,6 +96,33 @@ def whole(made) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_pass_for_hidden_states_computes_logits_of_one_position(family, stage):
+    made, shapes = bench(tiny_model(family), tokens(4, 16), job(), stage), []
+    head = made.decoder.model.get_output_embeddings()
+    with made.engine.mounted(made.decoder.model) as model, torch.no_grad():
+        with made.decoder.hidden_states() as whole_pass:
+            logits = model(made.blocks_NT)
+        hook = head.register_forward_hook(lambda _, args, output: shapes.append(output.shape[:2]))
+        with made.decoder.hidden_states() as short:
+            model.run(made.blocks_NT)
+        hook.remove()
+    assert logits.shape[:2] == (4, 16)
+    assert shapes == [(4, 1)]
+    assert all(torch.equal(one, other) for one, other in zip(short, whole_pass, strict=True))
+
+
+def test_a_pass_for_hidden_states_of_a_model_that_knows_no_such_word():
+    model = tiny_model()
+    forward = model.forward
+    model.forward = lambda input_ids, use_cache: forward(input_ids=input_ids, use_cache=use_cache)
+    made = bench(model, tokens(4, 16), job())
+    with made.engine.mounted(model) as mounted, torch.no_grad(), made.decoder.hidden_states() as states:
+        mounted.run(made.blocks_NT)
+    assert len(states) == made.decoder.num_layers + 1
+
+
 def test_no_seconds_left_trains_nothing():
     made = bench(tiny_model(num_layers=LAYERS), tokens(8, 16), job())
     made.seconds_left = -1.0

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from tests.models import distillation_loss, logits, tiny_model, tokens, without_layers
+from tests.models import bench, distillation_loss, job, logits, tiny_model, tokens, without_layers
 from tests.transfers import DOOMED, LAYERS, distillation, plain, transferred
 from tsp.methods.trsp import stage2
-from tsp.methods.trsp.stage2 import learning_rate
+from tsp.methods.trsp.stage2 import learning_rate, transfer
 from tsp.training import step_indices
 
 
@@ -69,6 +69,33 @@ def test_hidden_states_are_learned_as_in_plain_pytorch():
     with made.decoder.bypassing(DOOMED):
         found = logits(made.decoder.model, blocks[:2])
     assert torch.allclose(found, logits(smaller, blocks[:2]), atol=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_teacher_and_student_do_not_make_zero_3_forget_the_order_of_each_other(accumulation, monkeypatch):
+    """What it forgets does not grow with the steps, and the weights are those without sharding."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    forget, weights = Coordinator._invalidate_trace, {}
+    forgotten = []
+
+    def counted(coordinator):
+        forgotten.append(coordinator)
+        return forget(coordinator)
+
+    monkeypatch.setattr(Coordinator, "_invalidate_trace", counted)
+    numbers = []
+    for stage, steps in ((3, 2), (3, 6), (0, 6)):
+        forgotten.clear()
+        settings = {"stage2__steps": steps, "stage2__lr": 1e-2, "train__accumulation": accumulation}
+        made = bench(tiny_model(num_layers=LAYERS), tokens(32, 12), job(stage2__trainable="lora", **settings), stage)
+        transfer(made, DOOMED, save_dtype=torch.float32)
+        numbers.append(len(forgotten))
+        parameters = list(made.decoder.model.parameters())
+        with made.engine.gathered(parameters):
+            weights[stage] = [parameter.detach().clone() for parameter in parameters]
+    assert numbers[0] == numbers[1]
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(weights[3], weights[0], strict=True))
 
 
 def test_the_first_loss_of_distillation_is_that_of_the_bare_drop_and_zero_while_all_gates_are_open():

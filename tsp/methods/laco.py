@@ -172,7 +172,7 @@ def _similarity(bench: Bench) -> Similarity:
         last = bench.decoder.layers[-1]
         hook = last.register_forward_hook(lambda layer, args, output: states.append(hidden_out(output)))
         try:
-            model(tokens_BT)
+            model.run(tokens_BT)
         finally:
             hook.remove()
         return states[0]

@@ -88,7 +88,7 @@ def _losses_reusing_prefix(
 
     def losses(tokens_bT: Tensor) -> Tensor:
         with decoder.hidden_states() as states:
-            model(tokens_bT)
+            model.run(tokens_bT)
         columns = list[Tensor]()
         for start in range(0, len(candidates), at_once):
             some = candidates[start : start + at_once]

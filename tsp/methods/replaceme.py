@@ -113,7 +113,7 @@ def _added_maps(bench: Bench, model: Mounted, index: int) -> list[nn.Module]:
 
     def emitted() -> Tensor:
         with bench.decoder.bypassing(others), _outputs_of([layer]) as outputs:
-            model(tokens_BT)
+            model.run(tokens_BT)
         return hidden_out(outputs[0]).float()
 
     plain_BTD = emitted()
@@ -136,7 +136,7 @@ def _measure(bench: Bench, model: Mounted, folds: list[Fold]) -> None:
     total = sharing.pop("total")
     for tokens_bT, counted in batches(blocks, **sharing, name="replaceme"):
         with bench.decoder.hidden_states() as states, _outputs_of([fold.map for fold in folds]) as outputs:
-            model(tokens_bT)
+            model.run(tokens_bT)
         mine = slice(0, counted.stop - counted.start)
         for fold, output in zip(folds, outputs, strict=True):
             x_BTD, y_BTD = states[fold.run.start][mine], states[fold.run.stop][mine]

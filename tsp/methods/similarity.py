@@ -59,7 +59,7 @@ def _distances(bench: Bench, span: int, distance: Callable[[Tensor, Tensor], Ten
 
     def measure(tokens_BT: Tensor) -> Tensor:
         with bench.decoder.hidden_states() as states:
-            model(tokens_BT)
+            model.run(tokens_BT)
         pairs = zip(states, states[span:], strict=False)
         return torch.stack([distance(a.float(), b.float()) for a, b in pairs], dim=1)
 

@@ -287,7 +287,7 @@ def _teacher(bench: Bench, student: Mounted, gates: Gates) -> Iterator[Teacher]:
         return Taught(logits_BTV, states)
 
     def adapters_off_forward(tokens_BT: Tensor) -> Taught:
-        with gates.opened(), decoder.bypassing(()), adapters_off(decoder.model):
+        with gates.opened(), decoder.bypassing(()), adapters_off(decoder.model), student.apart():
             return taught(decoder, student, tokens_BT)
 
     if config.trainable == "full" and config.has_teacher:
