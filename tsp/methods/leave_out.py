@@ -85,13 +85,15 @@ def _losses_reusing_prefix(
     model, decoder, size = bench.model, bench.decoder, bench.config.eval.batch_size
     windows = min(size, math.ceil(len(blocks_NT) / bench.engine.world_size))
     at_once = size // windows
+    groups = [candidates[start : start + at_once] for start in range(0, len(candidates), at_once)]
+    # The last group begins behind this layer: what comes then need not be known.
+    unknown = range(groups[-1][0] + 1, decoder.num_layers)
 
     def losses(tokens_bT: Tensor) -> Tensor:
-        with decoder.hidden_states() as states:
+        with decoder.bypassing({*gone, *unknown}), decoder.hidden_states() as states:
             model.run(tokens_bT)
         columns = list[Tensor]()
-        for start in range(0, len(candidates), at_once):
-            some = candidates[start : start + at_once]
+        for some in groups:
             tokens_FbT = tokens_bT.repeat(len(some), 1)
             with decoder.leaving_out_each(some, states):
                 columns += mean_losses(model(tokens_FbT), tokens_FbT).split(len(tokens_bT))

@@ -3,7 +3,7 @@
 The budget of stage 1 with gates that are 0 or 1: a coordinate at a time, from sum(g) = L down to L - num_drop. What
 closes is decided by SLEB's rule (arXiv 2402.09025, algorithm 1) on a part of its work: a round is a successive halving
 (`selection.successive_halving`, 5/16 of the measurements), and `prune.reuse_prefix` halves each, for one pass without
-any candidate: 0.27 of all layer computations with 12 layers, 0.23 with 16, a sixth with many. The order for n layers
+any candidate: 0.26 of all layer computations with 12 layers, 0.23 with 16, a sixth with many. The order for n layers
 begins with those for fewer, and there is neither a learning rate nor a seed.
 """
 
