@@ -110,7 +110,7 @@ def export(model: str, output: Path, file_format: str, as_json: bool, debug: boo
 @click.command(cls=Command)
 @_model
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=int, default=5001, show_default=True, help="To listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=5001, show_default=True, help="To listen on.")
 @_debug
 def serve(model: str, host: str, port: int, debug: bool) -> None:
     """Answer over HTTP with a registered version, by MLflow's own scoring server in this environment."""

@@ -11,7 +11,7 @@ from tsp.options import Command
 
 @click.command(cls=Command)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all.")
-@click.option("--port", type=int, default=5000, show_default=True, help="To listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="To listen on.")
 @click.option(
     "--store",
     metavar="URI",
@@ -56,7 +56,13 @@ def server(
 
 
 @click.command(cls=Command)
-@click.option("--port", type=int, default=5000, show_default=True, help="Of the web UI, on this machine only.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=5000,
+    show_default=True,
+    help="Of the web UI, on this machine only.",
+)
 @click.option("--writable", is_flag=True, help="Let notes, tags and the rest be changed; else the store is only read.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def ui(port: int, writable: bool, debug: bool) -> None:

@@ -91,10 +91,19 @@ def known_gpu(name: str) -> Gpu:
 
 
 def merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """One mapping of all; later layers win."""
+    """One mapping of all; later layers win.
+
+    Raises:
+        ConfigError: it has no end.
+    """
     tree: dict[str, Any] = {}
-    for layer in layers:
-        _merge(tree, layer)
+    try:
+        for layer in layers:
+            _merge(tree, layer)
+    except RecursionError:
+        raise ConfigError(
+            "settings are in one another without end; a section of a config has four levels at most"
+        ) from None
     return tree
 
 

@@ -3,6 +3,7 @@
 PyYAML reads version 1.1; only the scalars' resolvers differ here.
 """
 
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -48,7 +49,9 @@ def parse_yaml(text: str, place: str) -> Any:
         ConfigError: no valid YAML.
     """
     try:
-        return yaml.load(text, _Loader)
+        content = yaml.load(text, _Loader)
+        json.dumps(content, default=str)  # An alias may lead to what holds it.
+        return content
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         said = textwrap.shorten(str(error), 120, placeholder=" ...")
         raise ConfigError(f"{place}: no valid YAML: {said}") from None

@@ -13,7 +13,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from tsp.cli import main
 from tsp.errors import ConfigError, TrackingError
 from tsp.tracking.run import start_run
 from tsp.tracking.store import open_store
@@ -57,9 +59,11 @@ def test_port_in_use_is_refused(root):
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536])
-def test_port_out_of_range_is_refused(root, port):
-    with pytest.raises(ConfigError, match=rf"--port must be in \[1, 65535\], got {port}"):
-        serve_ui(root, port)
+@pytest.mark.parametrize("command", [["ui"], ["server"], ["serve", "models:/small@champion"]])
+def test_port_out_of_range_is_refused(command, port):
+    done = CliRunner().invoke(main, [*command, "--port", str(port)])
+    assert done.exit_code == 2
+    assert f"'--port': {port} is not in the range" in done.stderr
 
 
 def test_links_lead_to_the_training_view_of_the_newest_run(root):

@@ -39,11 +39,9 @@ def check_port(host: str, port: int) -> None:
     """Whether a server could listen there.
 
     Raises:
-        ConfigError: no such port or address.
+        ConfigError: no such address.
         TrackingError: it is not to be had.
     """
-    if not 1 <= port <= 65535:
-        raise ConfigError(f"--port must be in [1, 65535], got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
