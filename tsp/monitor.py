@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsp.config import ModelConfig, load_config, parse_override
+from tsp.config import ModelConfig, flatten, load_config, merged, parse_override
 from tsp.errors import ConfigError, DataError, ModelError, MonitoringError
 from tsp.evaluate import evaluate_model
 from tsp.evidence import measured_of
@@ -44,6 +44,8 @@ DENSE = "dense"
 
 _SETTINGS: dict[str, Any] = {"eval": {"prompts": 32, "speed_runs": 0}}
 """What differs from those of `tsp evaluate`: enough continuations for each slice, and no timing beside other work."""
+_OF_THE_LOOK = ("model.path", "eval.sources", "eval.slices")
+"""Settings that are the command's own words: MODEL, `--requests`, `--slices`."""
 _WATCHED = ("kl", "top1", "loss", "ppl_ratio", "worst_slice_ratio", "repetition", "agreement")
 _SLICE = "slice_"
 
@@ -108,12 +110,16 @@ def take_look(
     started_ms = now_ms()
     if not requests.is_file():
         raise DataError(f"--requests {requests}: no such file; give a .jsonl file with rows of `text` or `messages`")
+    stated = [*map(parse_override, overrides)]
+    for key in flatten(merged(stated)):
+        if key in _OF_THE_LOOK:
+            raise ConfigError(f"--set {key} would measure something else than what is asked for; leave it out")
     version, watched, reference = _models(model, against, root)
     of_look: dict[str, Any] = {
         "model": watched.model_dump(),
         "eval": {"sources": [str(requests)], "slices": slices},
     }
-    config = load_config([_SETTINGS, *map(parse_override, overrides), of_look])
+    config = load_config([_SETTINGS, of_look, *stated])
     result = evaluate_model(config, ds_path, root=root, world_size=world_size, against=reference)
     measured = measured_of(result)
     verdicts = judge(

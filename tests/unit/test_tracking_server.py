@@ -68,12 +68,18 @@ def test_checkpoint_goes_to_a_remote_registry_and_back(server, tmp_path):
             assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
-def test_two_that_fetch_a_version_at_once_both_have_it(server, tmp_path):
-    checkpoint = make_checkpoint(tmp_path / "out" / "model")
-    tracker = start_run(tmp_path, experiment="remote", run_name=None, tags={}, params={})
+def registered(root: Path, name: str) -> Path:
+    """The checkpoint of which the first version of a model was made."""
+    checkpoint = make_checkpoint(root / "out" / "model")
+    tracker = start_run(root, experiment="remote", run_name=None, tags={}, params={})
     about = {"run_id": tracker.run_id, "tags": {}, "description": "", "metadata": {}}
-    register_checkpoint(tracker.uri, checkpoint, "fetched", **about)
+    register_checkpoint(tracker.uri, checkpoint, name, **about)
     tracker.finish("FINISHED")
+    return checkpoint
+
+
+def test_two_that_fetch_a_version_at_once_both_have_it(server, tmp_path):
+    checkpoint = registered(tmp_path, "fetched")
     code = (
         "from pathlib import Path; from tsp.tracking.registry import checkpoint_path; "
         "print(checkpoint_path('models:/fetched/1', Path.cwd()))"
@@ -91,11 +97,7 @@ def test_two_that_fetch_a_version_at_once_both_have_it(server, tmp_path):
 def test_a_file_that_the_server_has_lost_is_gone(server, tmp_path):
     from mlflow import MlflowClient
 
-    checkpoint = make_checkpoint(tmp_path / "out" / "model")
-    tracker = start_run(tmp_path, experiment="remote", run_name=None, tags={}, params={})
-    about = {"run_id": tracker.run_id, "tags": {}, "description": "", "metadata": {}}
-    register_checkpoint(tracker.uri, checkpoint, "lossy", **about)
-    tracker.finish("FINISHED")
+    registered(tmp_path, "lossy")
     client = MlflowClient(server.uri)
     version = client.get_model_version("lossy", "1")
     assert file_faults(client, version) == []
