@@ -50,3 +50,9 @@ def _leaves_no_store_behind():
 def _own_working_directory(_leaves_no_store_behind, tmp_path, monkeypatch):
     """A job writes to `mlruns/` of its working directory: never to that of the repository."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _errors_of_commands_are_raised(monkeypatch):
+    """A rank that fails ends at once: here, behind an engine of another test, that would be the end of all tests."""
+    monkeypatch.setattr("tsp.exits._joined", lambda: False)

@@ -135,12 +135,17 @@ def _end(message: str, code: int, debug: bool, picture: str = "") -> None:
     if len(line) > LINE:  # the remedy stands at its end
         line = _FOLDERS.sub(".../", line)
     print(line if len(line) <= LINE else line[: LINE - len(_CUT)] + _CUT, file=sys.stderr, flush=True)
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
+    if _joined():
         # In the middle of a step the other ranks' collectives would keep the interpreter from ending.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _joined() -> bool:
+    """Is this process a rank of a process group?"""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
 
 
 @contextmanager

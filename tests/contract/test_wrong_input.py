@@ -8,7 +8,6 @@ import sys
 import time
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from tests.contract.wrong_inputs import ON_RANKS, TABLE
@@ -33,8 +32,6 @@ def good(tmp_path_factory):
 def laid_out(good, tmp_path, monkeypatch):
     """Makes the files of a row, and returns its words."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    # The process group of an engine of another test would make the exit a hard one.
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
 
     def lay_out(row):
         model, text = good

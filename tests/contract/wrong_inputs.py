@@ -188,8 +188,13 @@ FILES = [
     Wrong("promote m 1 --policy p.yaml", ("p.yaml",), {"p.yaml": "champion: [ppl_ratio]"}),
     Wrong("promote m 1 --policy p.yaml", ("p.yaml", "champion"), {"p.yaml": "candidate: [round_trip==ok]"}),
     Wrong("monitor models:/m@champion --against {model} --requests missing.jsonl", ("missing.jsonl",)),
-    Wrong("monitor models:/m@champion --requests {text} --set eval.sources=[a.txt]", ("--set eval.sources",)),
-    Wrong("monitor models:/m@champion --requests {text} --set model.path=other", ("--set model.path",)),
+    Wrong(
+        "monitor models:/m@champion --against {model} --requests {text} --set eval.sources=[a.txt]",
+        ("--set eval.sources",),
+    ),
+    Wrong(
+        "monitor models:/m@champion --against {model} --requests {text} --set model.path=other", ("--set model.path",)
+    ),
     Wrong("plan --gpu h100", ("--gpu", "h100-80")),
     Wrong("plan --gpu g.yaml", ("g.yaml", "tflops"), {"g.yaml": "{memory_gib: 80}"}),
     Wrong("plan --model missing", ("missing",)),

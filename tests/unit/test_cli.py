@@ -58,7 +58,7 @@ def config_from_options(options):
 @pytest.fixture
 def started(monkeypatch):
     """Instead of starting `deepspeed`, keep its command line."""
-    # An engine of another test in this process would make the exit a hard one.
+    # What only starts it needs no torch, which takes seconds to import.
     monkeypatch.setitem(sys.modules, "torch", None)
     commands = []
     monkeypatch.setattr(cli, "run_passing_signals", lambda command: commands.append(command) or 7)

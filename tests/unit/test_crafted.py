@@ -34,12 +34,6 @@ INDEX, FIRST, SECOND = (
 QUERY, KEY = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
 
 
-@pytest.fixture(autouse=True)
-def _no_ranks(monkeypatch):
-    """An engine of another test in this process would make every exit a hard one."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """The same model in one file and in two."""

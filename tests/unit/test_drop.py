@@ -22,12 +22,6 @@ from tsp.verify import verify
 DROPPED = (1, 3)
 
 
-@pytest.fixture(autouse=True)
-def _no_ranks(monkeypatch):
-    """An engine of another test in this process would make every exit a hard one."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-
-
 @pytest.fixture
 def dense(tmp_path):
     return model_folder(tmp_path / "dense", tiny_model())

@@ -53,8 +53,7 @@ def test_a_command_that_breaks_shows_why():
         (sqlalchemy.exc.OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full")), "full"),
     ],
 )
-def test_a_disk_that_refuses_is_said_in_one_line(fault, said, capsys, monkeypatch):
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+def test_a_disk_that_refuses_is_said_in_one_line(fault, said, capsys):
     with pytest.raises(SystemExit) as ended, exit_codes():
         raise fault
     assert ended.value.code == 1
@@ -63,9 +62,7 @@ def test_a_disk_that_refuses_is_said_in_one_line(fault, said, capsys, monkeypatc
     assert line.endswith("; mend that, then give the same command again, a job's with --resume latest")
 
 
-def test_of_a_long_error_line_the_folders_go_before_the_remedy(capsys, monkeypatch):
-    # Another test may have joined; a rank ends at once.
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+def test_of_a_long_error_line_the_folders_go_before_the_remedy(capsys):
     folder = "/" + "/".join(["folder"] * 40)
     with pytest.raises(SystemExit) as ended, exit_codes():
         raise ConfigError(f"{folder}/model/config.json has no layers (from https://host/a/b/c/d); give another folder")

@@ -16,12 +16,6 @@ from tsp.shards import copy_tensors, read_header
 from tsp.source import open_source
 
 
-@pytest.fixture(autouse=True)
-def _no_ranks(monkeypatch):
-    """An engine of another test in this process would make every exit a hard one."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-
-
 def source_of(folder):
     return open_source(ModelConfig(path=str(folder)))
 
