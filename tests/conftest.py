@@ -53,6 +53,6 @@ def _own_working_directory(_leaves_no_store_behind, tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _errors_of_commands_are_raised(monkeypatch):
+def _errors_of_commands_are_raised(_leaves_no_store_behind, monkeypatch):
     """A rank that fails ends at once: here, behind an engine of another test, that would be the end of all tests."""
     monkeypatch.setattr("tsp.exits._joined", lambda: False)

@@ -61,8 +61,10 @@ def _moved(holders: dict[str, str], history: Sequence[Recorded], there: Collecti
     for alias in {one.alias for one in history}:
         line = line_of_holders(history, alias)
         decided |= {alias: line[-1]} if line else {}
-        before = before_last(line, there)
-        decided |= {f"{PREVIOUS}{alias}": before} if before else {}
+        before, previous = before_last(line, there), f"{PREVIOUS}{alias}"
+        # A version takes its aliases with it when it is deleted.
+        went_with_it = previous not in holders and len(line) > 1 and line[-2] not in there
+        decided |= {previous: before} if before and not went_with_it else {}
     for alias in sorted({*holders, *decided}):
         found, last = holders.get(alias), decided.get(alias)
         if found == last:

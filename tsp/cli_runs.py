@@ -17,15 +17,19 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON doc
 def sync(as_json: bool) -> None:
     """Deliver to MLflow what earlier jobs could not; exit 1 where some of it is left."""
     with exit_codes(), stdout_kept_clean() as stdout:
+        from tsp.tracking.spool import held_by_others
         from tsp.tracking.spool import sync as deliver
 
         found = deliver(Path.cwd())
         delivered = [entry._asdict() for entry in found]
+        held = held_by_others(Path.cwd(), found)
         if as_json:
             print(json.dumps(delivered), file=stdout)
         else:
-            for entry in delivered or [{"nothing": "left to deliver"}]:
+            for entry in delivered or ([] if held else [{"nothing": "left to deliver"}]):
                 print(" ".join(f"{key} {value}" for key, value in entry.items()), file=stdout)
+        if held:
+            click.echo(f"running jobs, or what delivers for them, still write: {', '.join(held)}", err=True)
     sys.exit(1 if any(entry.left for entry in found) else 0)
 
 

@@ -16,7 +16,7 @@ from tsp.safety import weight_files
 from tsp.shards import copy_tensors, read_header
 from tsp.source import Source, check_drop, load_tokenizer, open_source
 from tsp.surgery import kept_layers, mended_config, renamed
-from tsp.tracking.registry import located
+from tsp.tracking.fetch import located
 
 log = logging.getLogger("tsp")
 

@@ -20,7 +20,7 @@ from tsp.records import Evaluation
 from tsp.sharding import read_json, resolve
 from tsp.sizes import cache_bytes_per_token, size_gib
 from tsp.source import Source, load_tokenizer, open_source
-from tsp.tracking.registry import located
+from tsp.tracking.fetch import located
 
 SCHEMA = 1
 

@@ -12,8 +12,8 @@ from tsp.errors import ConfigError, ModelError
 from tsp.files import place
 from tsp.gguf_file import require_gguf, write_gguf
 from tsp.progress import phase
+from tsp.tracking.fetch import checkpoint_path, split_uri
 from tsp.tracking.manifest import file_faults
-from tsp.tracking.registry import checkpoint_path, split_uri
 from tsp.tracking.versions import find_version, registry
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from tsp.plan import Plan, make_plan
 from tsp.quantize import check_quantizable
 from tsp.sharding import read_json, resolve
 from tsp.source import Source, check_drop, load_tokenizer, open_source
-from tsp.tracking.registry import located
+from tsp.tracking.fetch import located
 
 
 @dataclass(frozen=True, kw_only=True)

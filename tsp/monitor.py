@@ -30,8 +30,8 @@ from tsp.policy import (
     required_of,
 )
 from tsp.remeasure import base_model
+from tsp.tracking.fetch import split_uri
 from tsp.tracking.monitoring import record
-from tsp.tracking.registry import split_uri
 from tsp.tracking.spool import now_ms
 from tsp.tracking.versions import evidence_of, find_version, registry
 

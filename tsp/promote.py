@@ -6,7 +6,7 @@
 A refusal is recorded like a promotion. Nothing is measured here but the hashes of the files, unless `measure` asks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +20,13 @@ from tsp.tracking.promotion import (
     PREVIOUS,
     Decision,
     before_last,
+    begun_rollback,
     decisions,
     holder,
     line_of_holders,
     move,
     recorded,
+    up_to,
 )
 from tsp.tracking.versions import evidence_of, find_version, registry, versions_of
 
@@ -93,31 +95,38 @@ def promote(wanted: Wanted, *, root: Path, measure: Measure | None = None) -> Ou
     required = (*required, *wanted.requirements) or tuple(map(read_requirement, DEFAULT))
     with registry(root) as client:
         candidate = find_version(client, wanted.name, wanted.version)
-        champion = holder(client, wanted.name, wanted.alias)
+        champion, version = holder(client, wanted.name, wanted.alias), str(candidate.version)
+        line = line_of_holders(decisions(client, wanted.name), wanted.alias)
         decision = Decision(
             kind="promotion",
             model=wanted.name,
-            version=str(candidate.version),
+            version=version,
             alias=wanted.alias,
             previous=champion,
-            behind=champion,
+            # Who has it may have got it without us, and who had it may be deleted.
+            behind=before_last([*line, *filter(None, [champion]), version], _there(client, wanted.name)),
             reason=wanted.reason,
             policy=f"{wanted.policy.source} {wanted.policy.hash}" if wanted.policy else "",
         )
-        if champion == decision.version:
-            line = line_of_holders(decisions(client, wanted.name), wanted.alias)
-            if line[-1:] == [champion]:
-                return Outcome(decision=decision, run_id=None, unchanged=True)
-            # An interrupted promotion had moved it, or somebody without us: this settles it.
-            decision = replace(decision, behind=before_last([*line, champion], _there(client, wanted.name)))
-        files = _files(client, candidate)
         # On the way to it, in `shadow` say, a version is compared with the champion, too.
         rival = holder(client, wanted.name, _CHAMPION) or champion
-        against = None if rival in (None, decision.version) else find_version(client, wanted.name, rival)
+        if champion == version:
+            if line[-1:] == [version]:
+                return Outcome(decision=decision, run_id=None, unchanged=True)
+            # An interrupted promotion had moved it, or somebody without us: this settles it.
+            wanted, rival = _as_begun(wanted, line), decision.behind
+        files = _files(client, candidate)
+        against = None if rival in (None, version) else find_version(client, wanted.name, rival)
         if measure is not None:
             measure(client, candidate, against)
         decision = _judged(client, decision, against, required, files)
         return _decided(client, decision, wanted)
+
+
+def _as_begun(wanted: Wanted, line: Sequence[str]) -> Wanted:
+    """Of a command that had moved the alias and is given again: whom it expected was right then."""
+    began_with = line[-1] if line else NOBODY
+    return replace(wanted, expected=None) if wanted.expected == began_with else wanted
 
 
 def _check_words(name: str, alias: str, expected: str | None) -> None:
@@ -130,25 +139,36 @@ def _check_words(name: str, alias: str, expected: str | None) -> None:
 def roll_back(name: str, *, alias: str, reason: str, expected: str | None, dry_run: bool, root: Path) -> Outcome:
     """Give an alias back to the version that had it before; recorded like a promotion.
 
+    The history says which that is; where it knows of none, `previous_ALIAS` does.
+
     Raises:
         ModelError: nobody had it before, or that version's files are gone.
         ConfigError, PromotionError, TrackingError: as `promote`.
     """
     _check_words(name, alias, expected)
     with registry(root) as client:
-        now, before = holder(client, name, alias), holder(client, name, f"{PREVIOUS}{alias}")
-        if now is None or before is None:
+        now, history = holder(client, name, alias), decisions(client, name)
+        line = line_of_holders(history, alias)
+        there = _there(client, name)
+        settles = now is not None and now == begun_rollback(history, alias)
+        before = now if settles else before_last([*line, now], there) if now else None
+        before = before or holder(client, name, f"{PREVIOUS}{alias}")
+        if now is None or before is None or (before == now and not settles):
             has = f"version {now} has it now" if now else "none has it now"
             raise ModelError(f"no version had {name}@{alias} before ({has}); `tsp audit {name}` shows the history")
         target = find_version(client, name, before)
-        *further, last, latest = ["", "", *line_of_holders(decisions(client, name), alias)]
-        behind = before_last([*further, last], _there(client, name)) if [last, latest] == [before, now] else None
         decision = Decision(
-            kind="rollback", model=name, version=before, alias=alias, previous=now, behind=behind, reason=reason
+            kind="rollback",
+            model=name,
+            version=before,
+            alias=alias,
+            previous=now,
+            behind=before_last(up_to(line, before), there),
+            reason=reason,
         )
         decision = _judged(client, decision, None, (), _files(client, target))
         wanted = Wanted(name=name, version=before, alias=alias, expected=expected, dry_run=dry_run)
-        return _decided(client, decision, wanted)
+        return _decided(client, decision, _as_begun(wanted, line) if settles else wanted)
 
 
 def _there(client: "MlflowClient", name: str) -> set[str]:
@@ -216,10 +236,11 @@ def _decided(client: "MlflowClient", decision: Decision, wanted: Wanted) -> Outc
     """Record the decision, and carry it out if it was accepted and nobody was faster."""
     if wanted.dry_run:
         return Outcome(decision=_unless_moved(decision, decision.previous, wanted), run_id=None)
-    with locked(client, decision.model):
+    with locked(client, decision.model) as still_ours:
         decision = _unless_moved(decision, holder(client, decision.model, decision.alias), wanted)
         with recorded(client, decision) as run_id:
             if not decision.refusal:
+                still_ours()
                 move(client, decision)
     return Outcome(decision=decision, run_id=run_id)
 

@@ -100,6 +100,7 @@ VALUES = [
     Wrong("models show m", ("tracking store",)),
     Wrong("models diff m", ("B",)),
     Wrong("server --host nowhere.invalid --port 5999", ("--host", "nowhere.invalid")),
+    Wrong("server --host .. --port 5999", ("--host ..", "no address")),
     Wrong("server --port 99999", ("--port", "99999")),
     Wrong("server --store mysql://u@h/d", ("--store", "postgresql")),
     Wrong("ui --port 99999", ("--port", "99999")),

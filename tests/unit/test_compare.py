@@ -352,8 +352,13 @@ def test_the_numbers_of_a_result():
 
 def test_means_over_different_tasks_do_not_stand_beside_each_other():
     piqa, both = {"piqa": {"pruned": {"acc": 0.6}}}, {name: {"pruned": {"acc": 0.8}} for name in ("piqa", "boolq")}
+    older = dataclasses.replace(finished("sleb", tasks=both), started_ms=0)
+    of_floor = only_table([finished("sleb", tasks=piqa), finished("dense", transfer="finetune", tasks=both)])
+    assert not any("tasks" in row.stats for row in (*of_floor.rows, *of_floor.floor))
+    repeated = only_table([older, dataclasses.replace(finished("sleb", tasks=piqa), started_ms=1)])
+    assert ["tasks" in row.stats for row in repeated.rows] == [True], "the older one stands in no row"
     for other, shown in ((piqa, True), (both, False), ({}, True)):
-        rows = make_rows([finished("sleb", tasks=piqa), finished("ppl", tasks=other)], ["method"])
+        rows = only_table([finished("sleb", tasks=piqa), finished("ppl", tasks=other)]).rows
         assert [("tasks" in row.stats) for row in rows if "task/piqa" in row.stats] == [shown] * (1 + bool(other))
 
 

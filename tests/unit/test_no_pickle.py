@@ -22,7 +22,8 @@ from tsp.drop import drop_layers
 from tsp.errors import ModelError
 from tsp.safety import known_files
 from tsp.source import open_source
-from tsp.tracking.registry import checkpoint_path, register_checkpoint
+from tsp.tracking.fetch import checkpoint_path
+from tsp.tracking.registry import register_checkpoint
 from tsp.tracking.run import start_run
 
 PICKLES = {

@@ -15,9 +15,10 @@ from tsp.audit import audit
 from tsp.errors import ConfigError, ModelError
 from tsp.policy import read_policy, read_requirement
 from tsp.promote import Outcome, Wanted, promote, roll_back
+from tsp.tracking.fetch import checkpoint_path
 from tsp.tracking.lock import locked
 from tsp.tracking.promotion import Decision, move, recorded
-from tsp.tracking.registry import checkpoint_path, register_checkpoint
+from tsp.tracking.registry import register_checkpoint
 from tsp.tracking.run import start_run
 from tsp.tracking.versions import evidence_of, find_version, record_evaluation, registry, versions_of
 
@@ -269,6 +270,43 @@ def test_audit_finds_a_decision_that_was_not_carried_out(shop):
     assert shop.audit()["faults"] == []
 
 
+@pytest.mark.parametrize("writes", [1, 2])
+def test_a_rollback_that_was_interrupted_goes_back_by_one_when_it_is_asked_for_again(shop, writes):
+    for version in ("1", "2", "4"):
+        shop.ask(version)
+    one = Decision(kind="rollback", model=shop.name, version="2", alias="champion", previous="4", behind="1")
+    with registry(shop.root) as client, pytest.raises(RuntimeError), locked(client, shop.name), recorded(client, one):
+        for alias, version in (("previous_champion", "1"), ("champion", "2"))[:writes]:
+            client.set_registered_model_alias(shop.name, alias, version)
+        raise RuntimeError("power")
+    assert shop.roll_back("4").decision.outcome == "accepted"
+    assert shop.aliases() == {"champion": "2", "previous_champion": "1"}
+    assert shop.audit()["faults"] == []
+    assert shop.roll_back().decision.version == "1"
+
+
+def test_a_promotion_that_was_interrupted_before_the_move_is_no_turn(shop):
+    for version in ("1", "2"):
+        shop.ask(version)
+    one = Decision(kind="promotion", model=shop.name, version="4", alias="champion", previous="2", behind="2")
+    with registry(shop.root) as client, pytest.raises(RuntimeError), locked(client, shop.name), recorded(client, one):
+        client.set_registered_model_alias(shop.name, "previous_champion", "2")
+        raise RuntimeError("power")
+    assert shop.roll_back().decision.version == "1"
+    assert shop.aliases() == {"champion": "1"}
+
+
+def test_settling_compares_with_who_was_there_before_and_takes_the_same_words(shop):
+    shop.ask("1")
+    with registry(shop.root) as client:
+        client.set_registered_model_alias(shop.name, "champion", "2")
+    refused = shop.ask("2", "vs_champion.ppl_ratio<=1.01")
+    assert refused.decision.refusal == "vs_champion.ppl_ratio<=1.01 is broken: 1.04545"
+    assert shop.ask("2", expected="4").decision.outcome == "refused"
+    assert shop.ask("2", expected="1").decision.outcome == "accepted"
+    assert shop.aliases() == {"champion": "2", "previous_champion": "1"}
+
+
 @pytest.mark.parametrize("before", [(), ("1",)])
 def test_a_promotion_that_was_interrupted_behind_the_move_is_settled_by_itself(shop, before):
     for version in before:
@@ -306,6 +344,21 @@ def test_a_deleted_version_is_no_fault_of_the_aliases(shop):
         client.delete_model_version(shop.name, "2")
     shop.roll_back()
     assert shop.aliases() == {"champion": "4", "previous_champion": "1"}
+    assert shop.audit()["faults"] == []
+
+
+@pytest.mark.parametrize("gone", ["2", "4"])
+def test_behind_a_deleted_version_there_is_a_way_back(shop, gone):
+    """MLflow takes the aliases away with the version."""
+    for version in ("1", "2", "4"):
+        shop.ask(version)
+    with registry(shop.root) as client:
+        client.delete_model_version(shop.name, gone)
+    if gone == "4":
+        shop.ask("3")
+        assert shop.aliases() == {"champion": "3", "previous_champion": "2"}
+    assert shop.audit()["faults"] == []
+    assert shop.roll_back().decision.version == {"2": "1", "4": "2"}[gone]
     assert shop.audit()["faults"] == []
 
 

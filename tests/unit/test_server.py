@@ -19,8 +19,9 @@ from tests.models import free_port, model_folder, tiny_model
 from tests.postgres import DATABASE_PASSWORD, Postgres, postgres_program
 from tsp.errors import TrackingError
 from tsp.tracking import run as run_module
+from tsp.tracking.fetch import checkpoint_path
 from tsp.tracking.promotion import decisions, holder
-from tsp.tracking.registry import checkpoint_path, register_checkpoint
+from tsp.tracking.registry import register_checkpoint
 from tsp.tracking.run import start_run
 from tsp.tracking.server import serve
 from tsp.tracking.spool import sync
@@ -262,6 +263,35 @@ def test_a_job_logs_and_its_spool_is_delivered(server, tmp_path, monkeypatch, ca
     assert [(metric.step, metric.value) for metric in history] == [(0, 0.5), (1, 0.25)]
     (kept,) = (server.folder / "mlruns/server/artifacts").rglob("config.yaml")
     assert kept.read_text() == "seed: 0\n"
+
+
+@pytest.mark.usefixtures("as_alice")
+def test_a_run_that_may_not_be_written_any_more_keeps_its_records(server, tmp_path, monkeypatch):
+    """A right that was taken by mistake comes back; what was held is delivered then."""
+    from mlflow import MlflowClient
+    from mlflow.server.auth.client import AuthServiceClient
+
+    tracker = start_run(tmp_path, experiment="rights", run_name=None, tags={}, params={})
+    experiment_id = MlflowClient(server.uri).get_run(tracker.run_id).info.experiment_id
+
+    def alice_may(permission):
+        with pytest.MonkeyPatch.context() as patch:
+            sign_in(patch, server, "admin", server.password)
+            rights = AuthServiceClient(server.uri)
+            rights.revoke_user_permission("alice", "experiment", experiment_id)
+            rights.grant_user_permission("alice", "experiment", experiment_id, permission)
+
+    alice_may("DENY")
+    monkeypatch.setattr(run_module, "DRAIN_S", 1.0)
+    tracker.metrics({"loss": 1.0}, step=0)
+    tracker.text("seed: 0\n", "config.yaml")
+    tracker.finish("FINISHED")
+    ((_, _, left),) = sync(tmp_path)
+    assert left > 0
+    alice_may("MANAGE")
+    ((_, _, left),) = sync(tmp_path)
+    run = MlflowClient(server.uri).get_run(tracker.run_id)
+    assert (left, run.info.status, run.data.metrics["loss"]) == (0, "FINISHED", 1.0)
 
 
 @pytest.mark.usefixtures("as_alice")

@@ -208,9 +208,11 @@ def test_a_lock_is_held_whatever_the_clock_of_who_waits_says(client, monkeypatch
 
 def test_who_took_too_long_leaves_the_lock_of_the_next(client):
     slow = locked(client, "pruned")
-    slow.__enter__()
+    still_ours = slow.__enter__()
     client.delete_registered_model("pruned.lock")
     with locked(client, "pruned"):
+        with pytest.raises(PromotionError, match="decide again"):
+            still_ours()
         slow.__exit__(None, None, None)
         assert "pruned.lock" in [model.name for model in client.search_registered_models()]
 
@@ -223,6 +225,29 @@ def test_decisions_come_in_their_order_whatever_the_clocks_say(client, monkeypat
     assert [one.version for one in decisions(client, "pruned")] == ["1", "2", "3"]
     times = [one.time_ms for one in decisions(client, "pruned")]
     assert times == sorted(times, reverse=True), "the second and third had clocks that are slow"
+
+
+def test_numbers_of_decisions_go_on_where_some_were_deleted(client):
+    for version, previous in (("1", None), ("2", "1"), ("3", "2")):
+        carry_out(client, decision(version, previous))
+    for one in decisions(client, "pruned")[:2]:
+        client.delete_run(one.run_id)
+    carry_out(client, decision("2", "3"))
+    assert [(one.number, one.version) for one in decisions(client, "pruned")] == [(3, "3"), (4, "2")]
+
+
+def test_a_lock_whose_answer_was_lost_is_ours(client, monkeypatch):
+    create = client.create_registered_model
+
+    def repeated(*args, **kwargs):
+        create(*args, **kwargs)
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(client, "create_registered_model", repeated)
+    started = time.monotonic()
+    with locked(client, "pruned") as still_ours:
+        still_ours()
+    assert time.monotonic() - started < 30
 
 
 def test_only_one_process_is_inside(client, tmp_path):

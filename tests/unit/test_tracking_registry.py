@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from tsp.errors import ModelError
+from tsp.tracking.fetch import checkpoint_path
 from tsp.tracking.manifest import MANIFEST_TAG, file_faults
-from tsp.tracking.registry import checkpoint_path, register_checkpoint
+from tsp.tracking.registry import register_checkpoint
 from tsp.tracking.run import start_run
 from tsp.tracking.store import resolve_uri
 
@@ -128,6 +129,27 @@ def test_same_run_again_gives_the_same_version(registered):
     assert len(client.search_model_versions("name = 'pruned'")) == 1
     other = client.create_run("0").info.run_id
     assert register_checkpoint(uri, checkpoint, "pruned", **{**wanted, "run_id": other}) == ("pruned", "2")
+
+
+def test_a_version_whose_answer_was_lost_is_not_made_again(registered, monkeypatch):
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    create = MlflowClient.create_model_version
+
+    def answer_lost(*args, **kwargs):
+        create(*args, **kwargs)
+        raise MlflowException("502")
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", answer_lost)
+    root, checkpoint, _ = registered
+    tracker = start_run(root, experiment=None, run_name=None, tags={}, params={})
+    tracker.finish("FINISHED")
+    about = {"run_id": tracker.run_id, "tags": {}, "description": "", "metadata": {}}
+    made = register_checkpoint(tracker.uri, checkpoint, "lost-answer", **about)
+    assert made == ("lost-answer", "1")
+    [version] = MlflowClient(tracker.uri).search_model_versions("name = 'lost-answer'")
+    assert version.run_id == tracker.run_id
 
 
 def test_version_loads_as_pipeline_and_pyfunc(registered, monkeypatch):

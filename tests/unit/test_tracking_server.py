@@ -6,6 +6,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -14,10 +15,15 @@ import numpy as np
 import pytest
 
 from tests.mlflow_server import Server
+from tsp.audit import audit
 from tsp.errors import TrackingError
+from tsp.export import export
+from tsp.tracking import registry as registry_module
 from tsp.tracking import run as run_module
+from tsp.tracking.fetch import checkpoint_path
 from tsp.tracking.manifest import file_faults
-from tsp.tracking.registry import checkpoint_path, register_checkpoint
+from tsp.tracking.registry import register_checkpoint
+from tsp.tracking.results import finished_jobs
 from tsp.tracking.run import start_run
 from tsp.tracking.store import open_store, spool_folder
 
@@ -81,7 +87,7 @@ def registered(root: Path, name: str) -> Path:
 def test_two_that_fetch_a_version_at_once_both_have_it(server, tmp_path):
     checkpoint = registered(tmp_path, "fetched")
     code = (
-        "from pathlib import Path; from tsp.tracking.registry import checkpoint_path; "
+        "from pathlib import Path; from tsp.tracking.fetch import checkpoint_path; "
         "print(checkpoint_path('models:/fetched/1', Path.cwd()))"
     )
     ranks = [
@@ -108,15 +114,19 @@ def test_a_file_that_the_server_has_lost_is_gone(server, tmp_path):
     assert file_faults(client, version) == ["model/config.json is gone"]
 
 
-class Narrow(BaseHTTPRequestHandler):
-    """A proxy in front of a server that lets no file through that is larger than a megabyte, as nginx does."""
+class Proxy(BaseHTTPRequestHandler):
+    """In front of a server."""
 
     behind = ""
 
+    def refused(self, body: bytes) -> int:
+        """A status instead of the server's answer; 0: none."""
+        raise NotImplementedError
+
     def _pass_on(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.command == "PUT" and len(body) > 2**20:
-            self.send_response(413)
+        if status := self.refused(body):
+            self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -138,22 +148,68 @@ class Narrow(BaseHTTPRequestHandler):
         pass
 
 
+class Narrow(Proxy):
+    """Lets no file through that is larger than a megabyte, as nginx does."""
+
+    def refused(self, body):
+        return 413 if self.command == "PUT" and len(body) > 2**20 else 0
+
+
+class Full(Proxy):
+    """Has files no more."""
+
+    status = 0
+
+    def refused(self, body):
+        return self.status if "/mlflow-artifacts/" in self.path else 0
+
+
+@contextmanager
+def in_front_of(server, proxy):
+    """Address of a proxy."""
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (proxy,), {"behind": server.uri}))
+    Thread(target=proxy.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{proxy.server_port}"
+    proxy.shutdown()
+
+
+@pytest.mark.parametrize("status", [500, 507])
+def test_what_the_artifact_store_refuses_is_an_error_of_tracking(server, tmp_path, monkeypatch, status):
+    """The requests of files fail with errors of another library, and an OSError is not always one of this disk."""
+    monkeypatch.setattr(Full, "status", status)
+    name = f"full-{status}"
+    registered(tmp_path, name)
+    tracker = start_run(tmp_path, experiment=name, run_name=None, tags={}, params={})
+    tracker.finish("FINISHED")
+    with in_front_of(server, Full) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setattr(registry_module, "UPLOAD_RETRIES", 0)
+        for refused in (
+            lambda: checkpoint_path(f"models:/{name}/1", tmp_path),
+            lambda: audit(name, root=tmp_path, alias=None, files=True),
+            lambda: export(f"models:/{name}/1", tmp_path / "exported", root=tmp_path),
+            lambda: finished_jobs(tmp_path, name),
+        ):
+            with pytest.raises(TrackingError, match=str(status)):
+                refused()
+    assert not (tmp_path / "exported").exists()
+
+
 def test_a_file_that_is_refused_for_good_holds_up_nothing(server, tmp_path, monkeypatch, caplog):
     """The model, too: the job is FINISHED and says that it is not registered."""
     from mlflow import MlflowClient
 
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), type("Proxy", (Narrow,), {"behind": server.uri}))
-    Thread(target=proxy.serve_forever, daemon=True).start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{proxy.server_port}")
-    tracker = start_run(tmp_path, experiment="narrow", run_name=None, tags={}, params={})
-    (tmp_path / "large.bin").write_bytes(bytes(2**21))
-    tracker.artifact(tmp_path / "large.bin")
-    checkpoint = make_checkpoint(tmp_path / "out" / "model")
-    assert tracker.register(checkpoint, "narrow", tags={}, description="", metadata={}) is None
-    assert "413" in caplog.text
-    tracker.metrics({"loss": 1.0}, step=0)
-    tracker.finish("FINISHED")
-    proxy.shutdown()
+    with in_front_of(server, Narrow) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        tracker = start_run(tmp_path, experiment="narrow", run_name=None, tags={}, params={})
+        (tmp_path / "large.bin").write_bytes(bytes(2**21))
+        tracker.artifact(tmp_path / "large.bin")
+        checkpoint = make_checkpoint(tmp_path / "out" / "model")
+        assert tracker.register(checkpoint, "narrow", tags={}, description="", metadata={}) is None
+        assert "413" in caplog.text
+        tracker.metrics({"loss": 1.0}, step=0)
+        tracker.finish("FINISHED")
     assert not list(spool_folder(tmp_path).glob("*.jsonl"))
     run = MlflowClient(server.uri).get_run(tracker.run_id)
     assert (run.info.status, run.data.metrics["loss"]) == ("FINISHED", 1.0)

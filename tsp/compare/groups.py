@@ -7,6 +7,7 @@ from typing import Any
 from tsp.compare.rows import FLOOR_METHOD, Row, make_rows, newest_of_each, require_keys, settings_of
 from tsp.compare.significance import marked
 from tsp.compare.verdict import Sentence, judge
+from tsp.evaluation.accuracy import counted_tasks
 from tsp.tracking.results import FinishedJob
 
 DEFAULT_BY = ("method", "transfer", "num_drop")
@@ -119,7 +120,12 @@ def _table(budget_s: float | None, jobs: Sequence[FinishedJob], by: Sequence[str
     corpora = list(jobs[0].result["perplexity"])
     pruned = [job for job in jobs if job.result["method"] != FLOOR_METHOD]
     floor = [job for job in jobs if job.result["method"] == FLOOR_METHOD]
-    return Table(budget_s=budget_s, rows=marked(make_rows(pruned, by), corpora), floor=make_rows(floor, by))
+    rows, below = make_rows(pruned, by), make_rows(floor, by)
+    asked = [counted_tasks(job.result) for row in (*rows, *below) for job in row.jobs]
+    if len({frozenset(tasks) for tasks in asked if tasks}) > 1:
+        for row in (*rows, *below):
+            row.stats.pop("tasks", None)  # A mean over other tasks is another number.
+    return Table(budget_s=budget_s, rows=marked(rows, corpora), floor=below)
 
 
 def _apart(jobs: Sequence[FinishedJob], key: Callable[[FinishedJob], Any]) -> list[list[FinishedJob]]:

@@ -13,7 +13,6 @@ from typing import Any
 from tsp.compare.measures import Stat, over_seeds
 from tsp.config import JobConfig, flatten
 from tsp.errors import ConfigError
-from tsp.evaluation.accuracy import counted_tasks
 from tsp.methods import TRANSFERS
 from tsp.tracking.results import FinishedJob
 
@@ -121,9 +120,6 @@ def make_rows(jobs: Sequence[FinishedJob], by: Sequence[str]) -> list[Row]:
         cell = (str(job.result["num_drop"]), *(str(value_of(job, key)) for key in by))
         cells.setdefault(cell, []).append(job)
     rows = [row for cell in cells.values() for row in _rows_of_cell(cell, by)]
-    if len({frozenset(tasks) for job in jobs if (tasks := counted_tasks(job.result))}) > 1:
-        for row in rows:
-            row.stats.pop("tasks", None)  # A mean over other tasks is another number.
     first = next(iter(jobs[0].result["perplexity"])) if jobs else ""
     return sorted(rows, key=lambda row: (row.num_drop, row.stats[f"ppl/{first}"].mean, row.label))
 

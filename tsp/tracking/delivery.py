@@ -2,6 +2,7 @@
 
 `deliver` raises when MLflow is away, and then the same records are given to it again later. What MLflow refuses for
 good (a parameter that would change its value, say) is left out with a warning, lest it dam up what stands behind it.
+A run that is not ours to write any more keeps all of its records: rights come back.
 
 Records are dicts with a `kind`: `metrics` (values, step, time_ms), `params`, `tags` (values), `artifact` (file,
 folder), `image` (file, key, step, time_ms), `dataset` (name, digest, source_type, source, context), `registration`
@@ -77,7 +78,7 @@ def _log_batch(client: "MlflowClient", run_id: str, kind: str, entities: list[An
     try:
         client.log_batch(run_id, **{kind: entities}, synchronous=True)
     except MlflowException as error:
-        if error.error_code != "INVALID_PARAMETER_VALUE":
+        if not _is_refusal(error):
             raise
         _require_active(client, run_id)
         if len(entities) == 1:
@@ -149,18 +150,25 @@ def _register(client: "MlflowClient", run_id: str, record: Record) -> None:
     except ModelError as error:
         raise ValueError(str(error)) from error  # The folder is gone.
     except TrackingError as error:
-        if _is_refusal(error.__cause__):
+        if _is_refusal(error.__cause__) or _is_forbidden(error.__cause__):
+            # Another's model, which has nothing to do with the run: that is ours, and ends.
             raise ValueError(str(error)) from error
         raise
 
 
 def _is_refusal(error: BaseException | None) -> bool:
-    """Whether it would be the same the next time: a right is lacking, a name is not taken, a file is too large."""
+    """Whether it would be the same the next time: a name is not taken, a file is too large."""
     response = getattr(error, "response", None)
     if response is not None:
-        # Files go by plain HTTP, past a proxy perhaps. 401, 408, 429: the password, the time, the rate.
-        return 400 <= response.status_code < 500 and response.status_code not in (401, 408, 429)
-    return getattr(error, "error_code", None) in ("PERMISSION_DENIED", "INVALID_PARAMETER_VALUE")
+        # Files go by plain HTTP, past a proxy perhaps. 401, 403, 408, 429: the password, a right, the time, the rate.
+        return 400 <= response.status_code < 500 and response.status_code not in (401, 403, 408, 429)
+    return getattr(error, "error_code", None) == "INVALID_PARAMETER_VALUE"
+
+
+def _is_forbidden(error: BaseException | None) -> bool:
+    """Whether a right is lacking."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status == 403 or getattr(error, "error_code", None) == "PERMISSION_DENIED"
 
 
 def _set_status(client: "MlflowClient", run_id: str, record: Record) -> None:

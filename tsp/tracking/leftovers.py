@@ -160,7 +160,10 @@ def _half_made(mlruns: Path) -> Iterator[Leftover]:
 
 
 def _untouched(folder: Path) -> bool:
-    newest = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+    try:
+        newest = max(path.lstat().st_mtime for path in (folder, *folder.rglob("*")))
+    except FileNotFoundError:
+        return False  # It went just now: somebody is at work.
     return time.time() - newest > _UNTOUCHED_S
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsp.files import sha256
+from tsp.tracking.refusals import refusals
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -99,10 +100,11 @@ def _fetched(client: "MlflowClient", location: str, name: str) -> Iterator[Path 
             yield path
         return
     file, store = f"{location.rstrip('/')}/{name}", client.tracking_uri
-    # mlflow 3.17 reports a download of what is not there as it does any failure.
-    listed = mlflow.artifacts.list_artifacts(artifact_uri=file.rpartition("/")[0], tracking_uri=store)
-    if file.rpartition("/")[2] not in {info.path.rpartition("/")[2] for info in listed}:
-        yield None
-        return
     with tempfile.TemporaryDirectory(prefix="tsp-") as folder:
-        yield Path(mlflow.artifacts.download_artifacts(artifact_uri=file, dst_path=folder, tracking_uri=store))
+        with refusals(f"{file} cannot be fetched"):
+            # mlflow 3.17 reports a download of what is not there as it does any failure.
+            listed = mlflow.artifacts.list_artifacts(artifact_uri=file.rpartition("/")[0], tracking_uri=store)
+            there = file.rpartition("/")[2] in {info.path.rpartition("/")[2] for info in listed}
+            about = {"artifact_uri": file, "dst_path": folder, "tracking_uri": store}
+            path = Path(mlflow.artifacts.download_artifacts(**about)) if there else None
+        yield path

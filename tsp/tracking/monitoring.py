@@ -5,19 +5,18 @@
 So MLflow's charts show the looks over time. What is measured, and what is asked of it, is not known here.
 """
 
-import getpass
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsp.errors import TrackingError
 from tsp.policy import Verdict
 from tsp.tracking.links import links_of
 from tsp.tracking.promotion import requirement_table
+from tsp.tracking.refusals import refusals
 from tsp.tracking.results import KIND_TAG
 from tsp.tracking.spool import now_ms
-from tsp.tracking.store import ensure_experiment, http_limits, open_store, resolve_uri
+from tsp.tracking.store import ensure_experiment, http_limits, open_store, resolve_uri, shown
+from tsp.tracking.who import who
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -66,27 +65,22 @@ def record(
         TrackingError: the store does not take it.
     """
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     uri = resolve_uri(root)
     open_store(uri, root)
     client = MlflowClient(uri)
-    try:
-        with http_limits(timeout_s=_TIMEOUT_S, retries=_RETRIES):
-            experiment_id = ensure_experiment(client, experiment_of(name))
-            step = _next_step(client, experiment_id)
-            about = {
-                KIND_TAG: MONITORING_KIND,
-                STEP_TAG: str(step),
-                "who": f"{getpass.getuser()}@{socket.gethostname()}",
-            }
-            run = client.create_run(experiment_id, start_time=started_ms, tags={**tags, **about}, run_name=title)
-            run_id = run.info.run_id
-            link = links_of(uri, experiment_id, run_id)["run"]
-            whole = {**document, "run_id": run_id, "step": step, "link": link}
-            _fill(client, run_id, whole, metrics, verdicts)
-    except MlflowException as error:
-        raise TrackingError(f"the look at {name} is not written down at {uri}: {error}") from error
+    with (
+        refusals(f"the look at {name} is not written down at {shown(uri)}"),
+        http_limits(timeout_s=_TIMEOUT_S, retries=_RETRIES),
+    ):
+        experiment_id = ensure_experiment(client, experiment_of(name))
+        step = _next_step(client, experiment_id)
+        about = {KIND_TAG: MONITORING_KIND, STEP_TAG: str(step), "who": who()}
+        run = client.create_run(experiment_id, start_time=started_ms, tags={**tags, **about}, run_name=title)
+        run_id = run.info.run_id
+        link = links_of(uri, experiment_id, run_id)["run"]
+        whole = {**document, "run_id": run_id, "step": step, "link": link}
+        _fill(client, run_id, whole, metrics, verdicts)
     return whole
 
 

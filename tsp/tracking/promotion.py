@@ -9,8 +9,6 @@ MLflow sets an alias whoever asks, last writer wins, and forgets who had it befo
 move is not known here.
 """
 
-import getpass
-import socket
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,11 +19,13 @@ from tsp.masking import masked_tree
 from tsp.policy import Verdict
 from tsp.tracking.pages import search_pages
 from tsp.tracking.results import KIND_TAG
+from tsp.tracking.spool import now_ms
 from tsp.tracking.store import ensure_experiment
+from tsp.tracking.who import who
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
 
 PREVIOUS = "previous_"
 """Before an alias: the version that had it before."""
@@ -55,7 +55,7 @@ class Decision:
     """File and hash of the policy; empty: the requirements came with the command."""
     evidence: tuple[str, ...] = ()
     """Runs that measured what was judged."""
-    who: str = field(default_factory=lambda: f"{getpass.getuser()}@{socket.gethostname()}")
+    who: str = field(default_factory=who)
 
     @property
     def outcome(self) -> str:
@@ -68,6 +68,8 @@ class Recorded:
     """A decision as the store has it."""
 
     run_id: str
+    number: int
+    """Counts up; 0: of an earlier release, which gave none."""
     time_ms: int
     carried_out: bool
     """False: whoever decided it was interrupted before the alias had moved for certain."""
@@ -136,18 +138,16 @@ def recorded(client: "MlflowClient", decision: Decision) -> Iterator[str]:
         "refusal": decision.refusal,
         "policy": decision.policy,
         "evidence": ",".join(decision.evidence),
-        "number": str(len(decisions(client, decision.model)) + 1),
+        "number": str(max((one.number for one in decisions(client, decision.model)), default=0) + 1),
     }
     title = f"{decision.alias}: {decision.previous or 'none'} -> {decision.version} {decision.outcome}"
     experiment_id = ensure_experiment(client, experiment_of(decision.model))
     run_id = client.create_run(experiment_id, run_name=title, tags=masked_tree(tags)).info.run_id
-    client.log_dict(run_id, masked_tree(asdict(decision) | {"outcome": decision.outcome}), DECISION_FILE)
-    if decision.verdicts:
-        client.log_table(run_id, requirement_table(decision.verdicts), "requirements.json")
-    for verdict in decision.verdicts:
-        if isinstance(verdict.measured, float | int):
-            client.log_metric(run_id, verdict.name, verdict.measured)
     try:
+        client.log_dict(run_id, masked_tree(asdict(decision) | {"outcome": decision.outcome}), DECISION_FILE)
+        if decision.verdicts:
+            client.log_table(run_id, requirement_table(decision.verdicts), "requirements.json")
+        client.log_batch(run_id, metrics=_metrics(decision.verdicts))
         yield run_id
     except BaseException:
         client.set_terminated(run_id, "FAILED")
@@ -158,15 +158,22 @@ def recorded(client: "MlflowClient", decision: Decision) -> Iterator[str]:
     client.set_terminated(run_id, "FINISHED")
 
 
+def _metrics(verdicts: Iterable[Verdict]) -> "list[Metric]":
+    from mlflow.entities import Metric
+
+    values = {verdict.name: verdict.measured for verdict in verdicts if isinstance(verdict.measured, float | int)}
+    return [Metric(name, value, now_ms(), 0) for name, value in values.items()]
+
+
 def decisions(client: "MlflowClient", name: str) -> list[Recorded]:
     """All decisions about a model, the oldest first."""
     experiment = client.get_experiment_by_name(experiment_of(name))
     if experiment is None:
         return []
     condition = f"tags.`{KIND_TAG}` = '{DECISION_KIND}'"
-    runs = list(search_pages(client.search_runs, [experiment.experiment_id], condition, order_by=["start_time ASC"]))
+    runs = search_pages(client.search_runs, [experiment.experiment_id], condition, order_by=["start_time ASC"])
     # Of those that an earlier release has recorded only the time is known.
-    return [_as_recorded(run) for run in sorted(runs, key=lambda run: int(run.data.tags.get("number", 0)))]
+    return sorted(map(_as_recorded, runs), key=lambda one: one.number)
 
 
 def line_of_holders(history: Iterable[Recorded], alias: str) -> list[str]:
@@ -180,20 +187,31 @@ def line_of_holders(history: Iterable[Recorded], alias: str) -> list[str]:
             line += [number for number in (one.previous,) if number and line[-1:] != [number]]
             line += [one.version] if line[-1:] != [one.version] else []
         else:
-            # Its last turn: a version may have had it twice.
-            turns = [number for number, version in enumerate(line, start=1) if version == one.version]
-            line = line[: turns[-1]] if turns else [one.version]
+            line = up_to(line, one.version) or [one.version]
     return line
 
 
+def up_to(line: Sequence[str], version: str) -> list[str]:
+    """The line until a version's last turn, it may have had more than one; empty: it had none."""
+    turns = [number for number, held in enumerate(line, start=1) if held == version]
+    return list(line[: turns[-1]]) if turns else []
+
+
+def begun_rollback(history: Sequence[Recorded], alias: str) -> str | None:
+    """Where the last accepted decision about an alias goes, if that is a rollback which was interrupted."""
+    accepted = [one for one in history if one.alias == alias and one.outcome == ACCEPTED]
+    last = accepted[-1] if accepted else None
+    return last.version if last and last.kind == "rollback" and not last.carried_out else None
+
+
 def before_last(line: Sequence[str], there: Collection[str]) -> str | None:
-    """Of a `line_of_holders`, the version that had the alias before the last and is still there; None: none is.
+    """Of a `line_of_holders`, another version that had the alias before the last and is still there; None: none is.
 
     Args:
         line: the holders.
         there: the versions that are not deleted.
     """
-    known = [number for number in line[:-1] if number in there]
+    known = [number for number in line[:-1] if number in there and number != line[-1]]
     return known[-1] if known else None
 
 
@@ -202,6 +220,7 @@ def _as_recorded(run: "Run") -> Recorded:
     names = ("kind", "version", "alias", "previous", "who", "reason", "refusal", "policy")
     return Recorded(
         run_id=run.info.run_id,
+        number=int(tags.get("number", 0)),
         time_ms=run.info.start_time,
         carried_out=run.info.status == "FINISHED",
         outcome=tags.get("decision", ""),

@@ -1,7 +1,8 @@
-"""The model registry: a Hugging Face checkpoint folder becomes a version of a registered model, and is found again.
+"""The model registry: a Hugging Face checkpoint folder becomes a version of a registered model.
 
     name, version = register_checkpoint(tracker.uri, Path("out/model"), "demo-pruned", run_id=tracker.run_id, ...)
-    folder = checkpoint_path("models:/demo-pruned/1", Path.cwd())
+
+`fetch.py` finds it again.
 
 No weights are loaded, and none are copied where the artifact store is on the same disk: they are hard-linked. A version
 loads as a transformers pipeline and as a pyfunc; only files of known kinds go in, no pickle (`safety.known_files`).
@@ -18,19 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsp.config import ModelConfig
-from tsp.errors import ModelError, TrackingError
+from tsp.errors import ModelError
 from tsp.files import place
 from tsp.masking import masked
 from tsp.safety import known_files
-from tsp.tracking.existing import existing_store
-from tsp.tracking.manifest import MANIFEST_TAG, download_name, write_manifest
-from tsp.tracking.store import http_limits, mlruns_folder, open_store, shown
+from tsp.tracking.manifest import MANIFEST_TAG, write_manifest
+from tsp.tracking.refusals import refusals
+from tsp.tracking.store import http_limits, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
-    from mlflow.entities.model_registry import ModelVersion
 
 REQUIREMENTS = ("torch", "transformers", "mlflow", "accelerate")
 UPLOAD_TIMEOUT_S = 600
@@ -69,74 +68,17 @@ def register_checkpoint(
         TrackingError: the store refuses or does not answer.
     """
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     checkpoint = Path(checkpoint).resolve()
     if not (checkpoint / "config.json").is_file():
         raise ModelError(f"{checkpoint} holds no Hugging Face checkpoint: config.json is missing")
     client = MlflowClient(uri)
-    try:
-        with default_store(uri):
-            existing = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-            if existing:
-                return name, str(max(int(version.version) for version in existing))
+    with refusals(f"{checkpoint} cannot be registered as {name!r} at {shown(uri)}"), default_store(uri):
+        version = _version_of(client, name, run_id)
+        if version is None:
             logged, manifest = _log_model(client, checkpoint, name, run_id, metadata)
             version = _create_version(client, logged, name, {**tags, MANIFEST_TAG: manifest}, description)
-    except (MlflowException, OSError) as error:
-        # Files go by requests, whose errors are heirs of OSError; one of this disk is not the store's.
-        if isinstance(error, OSError) and not hasattr(error, "response"):
-            raise
-        raise TrackingError(f"{checkpoint} cannot be registered as {name!r} at {shown(uri)}: {error}") from error
-    return name, str(version.version)
-
-
-def checkpoint_path(uri: str, root: Path) -> Path:
-    """Local folder of the Hugging Face checkpoint of a registered version.
-
-    Args:
-        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-        root: working directory of the job. A version in a remote store is downloaded once, to `mlruns/cache` below it.
-
-    Raises:
-        ConfigError, ModelError: no store, no such version, or it holds no Hugging Face checkpoint.
-        TrackingError: the store does not answer.
-    """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    name, wanted = split_uri(uri)
-    store = existing_store(root)
-    open_store(store, root)
-    client = MlflowClient(store)
-    try:
-        with default_store(store):
-            version = wanted if wanted.isdigit() else client.get_model_version_by_alias(name, wanted).version
-            folder = _fetch(client, name, str(version), root)
-    except MlflowException as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"{uri} is not in the registry at {shown(store)}: {reason}") from error
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{uri} holds no Hugging Face checkpoint: {folder / 'config.json'} is missing")
-    return folder
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """Name, and alias or number, of `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-
-    Raises:
-        ModelError: it is neither.
-    """
-    match = re.fullmatch(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))", uri)
-    if match is None:
-        raise ModelError(f"a registered model is named models:/NAME@ALIAS or models:/NAME/VERSION, got {uri!r}")
-    return match["name"], match["alias"] or match["version"]
-
-
-def located(config: ModelConfig, root: Path) -> ModelConfig:
-    """The config with `models:/name@alias` or `models:/name/version` replaced by the folder of that version."""
-    if config.path is None or not config.path.startswith("models:/"):
-        return config
-    return config.model_copy(update={"path": str(checkpoint_path(config.path, root))})
+    return name, version
 
 
 @contextmanager
@@ -251,10 +193,16 @@ def _write_environment(out: Path) -> None:
     (out / "conda.yaml").write_text(yaml.safe_dump(conda))
 
 
+def _version_of(client: "MlflowClient", name: str, run_id: str) -> str | None:
+    """The newest version that a run has made."""
+    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    return str(max(int(version.version) for version in versions)) if versions else None
+
+
 def _create_version(
     client: "MlflowClient", logged: "LoggedModel", name: str, tags: Mapping[str, str], description: str
-) -> "ModelVersion":
-    """A new version of the registered model `name`."""
+) -> str:
+    """Number of a new version of the registered model `name`."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -262,37 +210,21 @@ def _create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return client.create_model_version(
-        name,
-        source=logged.model_uri,
-        run_id=logged.source_run_id,
-        tags={key: masked(str(value)) for key, value in tags.items()},
-        description=masked(description),
-        model_id=logged.model_id,
-    )
-
-
-def _fetch(client: "MlflowClient", name: str, version: str, root: Path) -> Path:
-    """Local folder of the checkpoint of a version; downloaded, whole or not at all, if its store is remote."""
-    import mlflow.artifacts
-    from mlflow.utils.file_utils import local_file_uri_to_path
-    from mlflow.utils.uri import is_local_uri
-
-    location = client.get_model_version_download_uri(name, version)
-    if is_local_uri(location):
-        return Path(local_file_uri_to_path(location)) / "model"
-    known = client.get_model_version(name, version)
-    cache = mlruns_folder(root) / "cache" / download_name(known, client.tracking_uri)
-    if not cache.is_dir():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.parent, prefix=".download-") as folder:
-            mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{location.rstrip('/')}/model", dst_path=folder, tracking_uri=client.tracking_uri
+    run_id = str(logged.source_run_id)
+    try:
+        # mlflow would repeat what got no answer, and make a second version of what had gone through.
+        with http_limits(timeout_s=UPLOAD_TIMEOUT_S, retries=0):
+            version = client.create_model_version(
+                name,
+                source=logged.model_uri,
+                run_id=run_id,
+                tags={key: masked(str(value)) for key, value in tags.items()},
+                description=masked(description),
+                model_id=logged.model_id,
             )
-            try:
-                os.replace(Path(folder) / "model", cache)
-            except OSError:
-                if not cache.is_dir():  # Another rank was faster.
-                    raise
-    os.utime(cache)  # It is used: see `leftovers.py`.
-    return cache
+        return str(version.version)
+    except MlflowException:
+        made = _version_of(client, name, run_id)
+        if made is None:
+            raise
+        return made

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsp.config import flatten
-from tsp.errors import ConfigError, TrackingError
+from tsp.errors import ConfigError
 from tsp.tracking.existing import existing_store
 from tsp.tracking.links import links_of
 from tsp.tracking.pages import search_pages
+from tsp.tracking.refusals import refusals
 from tsp.tracking.run import experiment_name
 from tsp.tracking.store import open_store, resolve_uri, shown
 from tsp.yaml12 import parse_yaml
@@ -73,17 +74,14 @@ def finished_jobs(root: Path, experiment: str | None) -> list[FinishedJob]:
     name = experiment_name(experiment)
     uri = existing_store(root)
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     open_store(uri, root)
     client = MlflowClient(uri)
-    try:
+    with refusals(f"experiment {name!r} cannot be read at {shown(uri)}"):
         _require_experiment(client, name)
         runs = search_runs(root, name, "")
         done = [run for run in reversed(runs) if run.info.status == "FINISHED" and _is_job(run)]
         read = [_finished_job(client, run) for run in done]
-    except MlflowException as error:
-        raise TrackingError(f"experiment {name!r} cannot be read at {shown(uri)}: {error}") from error
     jobs = [job for job in read if job is not None]
     if len(jobs) < len(done):
         log.warning("%d finished runs of %s have no result.json and are left out", len(done) - len(jobs), name)

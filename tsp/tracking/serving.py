@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 from tsp.errors import ModelError
+from tsp.tracking.fetch import split_uri
 from tsp.tracking.manifest import file_faults
-from tsp.tracking.registry import split_uri
 from tsp.tracking.store import resolve_uri
 from tsp.tracking.versions import find_version, registry
 from tsp.tracking.web import check_port, is_loopback, running, until_it_ends, url_of

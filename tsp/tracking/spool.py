@@ -14,6 +14,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,6 +220,12 @@ def sync(root: Path) -> list[Synced]:
     folder = spool_folder(root)
     found = [recover(folder, path.stem, wait_s=PASSING_S) for path in sorted(folder.glob("*.jsonl"))]
     return [synced for synced in found if synced is not None]
+
+
+def held_by_others(root: Path, synced: Sequence[Synced]) -> list[str]:
+    """The runs whose spools `sync` has found in use."""
+    touched = {one.run_id for one in synced}
+    return [path.stem for path in sorted(spool_folder(root).glob("*.jsonl")) if path.stem not in touched]
 
 
 def _find_store(uri: str, folder: Path) -> str:

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsp.errors import ModelError, TrackingError
+from tsp.errors import ModelError
 from tsp.tracking.existing import existing_store
 from tsp.tracking.links import links_of
 from tsp.tracking.lock import LOCK
 from tsp.tracking.pages import search_pages
+from tsp.tracking.refusals import refusals
 from tsp.tracking.registry import default_store
 from tsp.tracking.results import KIND_TAG, artifact_reader
-from tsp.tracking.store import ensure_experiment, open_store
+from tsp.tracking.store import ensure_experiment, open_store, shown
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,14 +61,10 @@ def registry(root: Path) -> "Iterator[MlflowClient]":
     # A bar for each of many small files would be all that is seen.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     open_store(uri, root)
-    try:
-        with default_store(uri):
-            yield MlflowClient(uri)
-    except MlflowException as error:
-        raise TrackingError(f"the registry at {uri} refuses: {str(error).partition(chr(10))[0]}") from error
+    with refusals(f"the registry at {shown(uri)} refuses"), default_store(uri):
+        yield MlflowClient(uri)
 
 
 def model_names(client: "MlflowClient") -> list[str]:
