@@ -23,6 +23,7 @@ from tsp.machine import Weights, copied_weights
 from tsp.methods import transfer_check, transfer_verb
 from tsp.methods.base import Bench, Tracker, Transfer
 from tsp.records import Scores, Selection
+from tsp.saving import move_and_round
 from tsp.selection import spread
 from tsp.shared import Shared, Stopwatch
 from tsp.tracking.null import NullTracker
@@ -196,7 +197,7 @@ class Search:
             nonlocal weights
             with engine.restored(model):
                 with self.watch("transfer"):
-                    move(bench, doomed, save_dtype=job.source.dtype)
+                    move_and_round(job, bench, move, doomed)
                 with engine.mounted(model) as bench.model:
                     ratio = ratio_without(doomed)
                 bench.model = None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tsp.config import JobConfig, bound_of, number_by_ratio, number_to_drop
+from tsp.config import JobConfig, bound_of, likely_number, number_to_drop
 from tsp.footprint import Pass, Shape
 from tsp.methods import TRANSFERS, is_learned
 from tsp.selection import rungs
@@ -102,8 +102,7 @@ class Estimate:
         self._sharding, self._dtype = sharding, dtype
         self._zero = sharding["zero_optimization"]
         wanted = number_to_drop(config.prune, shape.num_layers)
-        # Under a bound nobody knows; that of the ratio is what a search tries first.
-        self.num_drop = number_by_ratio(config.prune, shape.num_layers) if wanted is None else max(1, wanted)
+        self.num_drop = likely_number(config.prune, shape.num_layers) if wanted is None else max(1, wanted)
 
     @cached_property
     def phases(self) -> list[Phase]:

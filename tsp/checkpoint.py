@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tsp.decoder import Decoder
-from tsp.errors import ConfigError, ModelError
+from tsp.errors import ConfigError, ModelError, StorageError
 from tsp.files import require_writable, sync
 from tsp.fresh import told_fresh
 from tsp.masking import one_line
@@ -34,7 +34,7 @@ _MAX_SHARD_BYTES = 2 * 2**30
 # Ends of the names of files that hold weights, or say where they are.
 _WEIGHTS = (".safetensors", ".index.json")
 # Largest difference of a logit, reloaded against in memory, that is rounding; other kernels may add in another order.
-_LOGIT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+_LOGIT_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
 def load(source: Source, dtype: torch.dtype, loading: AbstractContextManager[None]) -> Decoder:
@@ -67,8 +67,11 @@ def load(source: Source, dtype: torch.dtype, loading: AbstractContextManager[Non
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        # A disk that fails, or no room in memory, is not the model's fault.
-        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "errno", None) not in (None, errno.ENOENT):
+        if getattr(error, "errno", None) not in (None, errno.ENOENT):
+            raise StorageError(f"model {source.name} cannot be read: {one_line(error)}") from error
+        # No room in memory, or another rank that is gone, is not the model's fault.
+        others = (torch.OutOfMemoryError, torch.distributed.DistError)
+        if isinstance(error, others) or "can't allocate memory" in str(error):
             raise
         raise ModelError(f"model {source.name} cannot be loaded: {one_line(error)}") from None
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -164,12 +167,17 @@ def require_new(output: Path, *, at_once: bool = False) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output} must be a new or an empty folder, it is not")
-    output = output.absolute()
-    if at_once and output.is_mount():
-        raise ConfigError(f"--output {output} is where a disk is mounted, and stays; give a folder in it")
-    require_writable(output.parent if at_once else output, f"--output {output}")
+    named, output = f"--output {output}", output.absolute()
+    try:
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+        stays = output.is_mount() or output.is_symlink()
+    except OSError as error:
+        raise ConfigError(f"{named} cannot be written: {error.strerror or error}") from None
+    if taken:
+        raise ConfigError(f"{named} must be a new or an empty folder, it is not")
+    if at_once and stays:
+        raise ConfigError(f"{named} is a link or where a disk is mounted, and stays; give a folder in it")
+    require_writable(output.parent if at_once else output, named)
 
 
 def prove(pruned: Source, tokens_BT: Tensor, logits_BTV: Tensor | None) -> dict[str, Any]:

@@ -171,6 +171,13 @@ def number_by_ratio(config: PruneSection, num_layers: int) -> int:
     return num_drop
 
 
+def likely_number(config: PruneSection, num_layers: int) -> int:
+    """How many layers a search under a bound may come to drop: as many as it tries first, or as the speed-up takes."""
+    if config.min_speedup is None:
+        return number_by_ratio(config, num_layers)
+    return min(max(round(num_layers * (1 - 1 / config.min_speedup)), 1), num_layers - 1)
+
+
 def bound_of(config: PruneSection) -> str | None:
     """The bound under which the job finds the number of layers, `prune.max_ppl_ratio 1.1`; None: there is none."""
     for name in ("max_ppl_ratio", "min_speedup"):

@@ -46,8 +46,9 @@ def require_writable(folder: Path, named: str) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
+        # Looking, too, may be forbidden, and a name may be too long.
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,6 @@ def _between_commas(context: click.Context, parameter: click.Parameter, words: t
 
 
 _AMOUNTS = ("ratio", "num_drop", "drop", "max_ppl_ratio", "min_speedup")
-_UNSTATED = {"ratio": 0.25, **dict.fromkeys(_AMOUNTS[1:])}
 # A search under this bound begins with the ratio.
 _TOGETHER = {"ratio", "max_ppl_ratio"}
 
@@ -224,7 +223,14 @@ def _deciding(layer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A layer with an amount, and what takes back the others of weaker layers, which else might win over it."""
     stated = set(_amounts_of(layer))
     kept = stated | _TOGETHER if stated & _TOGETHER else stated
-    return [layer, {"prune": {name: _UNSTATED[name] for name in _AMOUNTS if name not in kept}}] if stated else [layer]
+    return [layer, _unstated(kept)] if stated else [layer]
+
+
+def _unstated(kept: Collection[str] = ()) -> dict[str, Any]:
+    """A layer in which all amounts are as if nobody had stated them, but for those that are kept."""
+    from tsp.settings import PruneSection
+
+    return {"prune": {name: PruneSection.model_fields[name].default for name in _AMOUNTS if name not in kept}}
 
 
 def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
@@ -238,7 +244,7 @@ def _config(stated: list[Mapping[str, Any]], *, sweep: bool) -> "JobConfig":
     known = load_config(stated)
     layers = [preset(known.prune.method), *stated]
     if known.prune.method == "dense":
-        layers.append({"prune": _UNSTATED})
+        layers.append(_unstated())
     if known.model.path is None:
         layers.insert(0, read_yaml(Path(__file__).parent / "demo" / "prune.yaml"))
     weakest: dict[str, Any] = {"tracking": {"register_model": not sweep}}

@@ -134,7 +134,7 @@ def transfer(job: Job, bench: Bench, doomed: tuple[int, ...], watch: Stopwatch) 
         # Each rank has a clock of its own, and all have to agree on whether anything is left.
         bench.seconds_left = bench.engine.from_first(job.config.budget_s - watch.seconds["select"])
     with watch("transfer"):
-        move(bench, doomed, save_dtype=job.source.dtype)
+        saving.move_and_round(job, bench, move, doomed)
 
 
 def _run(

@@ -7,6 +7,7 @@ Only headers are read. Whether Python code that comes with a model may run is de
 """
 
 import json
+import math
 import re
 import zipfile
 from collections import Counter
@@ -107,7 +108,7 @@ def check_tensors(skeleton: Any, contents: Contents, dtype: "torch.dtype | None"
 
     A name that the model does not know is let pass: loading decides what becomes of it. So is what a quantized model
     holds in packed numbers, each kind in its own way. F32 is allowed beside any dtype, as many models keep a few
-    tensors in it; and so is the dtype that most tensors have, as configs often name another.
+    tensors in it; and so is the dtype that most numbers have, as configs often name another.
 
     Args:
         skeleton: the model of the config on fake tensors; called under its `FakeTensorMode`.
@@ -119,8 +120,7 @@ def check_tensors(skeleton: Any, contents: Contents, dtype: "torch.dtype | None"
     """
     quantized = _is_quantized(contents)
     expected = _expected(skeleton, contents.tensors)
-    floats = Counter(entry["dtype"] for entry in contents.tensors.values() if entry["dtype"] in _FLOATS.values())
-    allowed = {"F32", _FLOATS.get(str(dtype), "F32"), *(kind for kind, _ in floats.most_common(1))}
+    allowed = {"F32", _FLOATS.get(str(dtype), "F32"), *filter(None, [_most(contents)])}
     for name, entry in contents.tensors.items():
         tensor = expected.get(name)
         if tensor is None or (quantized and entry["dtype"] not in _FLOATS.values()):
@@ -147,12 +147,21 @@ def stored_dtypes(skeleton: Any, contents: Contents) -> "tuple[torch.dtype | Non
 
     names = {kind: getattr(torch, name.removeprefix("torch.")) for name, kind in _FLOATS.items()}
     stored = {name: entry["dtype"] for name, entry in contents.tensors.items() if entry["dtype"] in names}
-    if not stored or _is_quantized(contents):
+    most = _most(contents)
+    if most is None or _is_quantized(contents):
         return None, {}
-    [(most, _)] = Counter(stored.values()).most_common(1)
     own, prefix = skeleton.state_dict().keys(), f"{skeleton.base_model_prefix}."
     others = {name if name in own else prefix + name: names[kind] for name, kind in stored.items() if kind != most}
     return names[most], others
+
+
+def _most(contents: Contents) -> str | None:
+    """The floating-point dtype that most of the numbers are in: norms and biases are many tensors, and small ones."""
+    numbers: Counter[str] = Counter()
+    for entry in contents.tensors.values():
+        if entry["dtype"] in _FLOATS.values():
+            numbers[entry["dtype"]] += math.prod(entry["shape"])
+    return numbers.most_common(1)[0][0] if numbers else None
 
 
 def _is_quantized(contents: Contents) -> bool:

@@ -1,7 +1,7 @@
 """What is left on disk: the checkpoint without the dropped layers, proved in a fresh process, and once more in int8."""
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tsp.checkpoint import prove, save_without
+from tsp.checkpoint import prove, round_weights, save_without
 from tsp.config import ModelConfig
 from tsp.decoder import Decoder
 from tsp.engine import Engine
@@ -17,6 +17,7 @@ from tsp.errors import ModelError, StorageError, TspError
 from tsp.evaluation.state import Exam
 from tsp.files import GIB, require_room
 from tsp.job import Job
+from tsp.methods.base import Bench, Transfer
 from tsp.quantize import Quantized, in_int8
 from tsp.records import DropReport
 from tsp.shared import Shared, Stopwatch
@@ -31,6 +32,15 @@ _PROBE_TOKENS = 64
 def probe(job: Job) -> Tensor:
     """Tokens `[B, T]` whose logits prove a saved folder."""
     return job.evals[0].blocks[:2, :_PROBE_TOKENS]
+
+
+def move_and_round(job: Job, bench: Bench, move: Transfer, doomed: Collection[int]) -> None:
+    """Run a transfer; afterwards all weights have values that the checkpoint can hold, in whatever dtype each is."""
+    move(bench, doomed, save_dtype=job.source.dtype)
+    weights = dict(bench.decoder.model.named_parameters())
+    for name, dtype in job.source.other_dtypes.items():
+        if name in weights:
+            round_weights([weights[name]], dtype, bench.engine.gathered)
 
 
 def save(

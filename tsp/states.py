@@ -184,11 +184,9 @@ class States:
 
     def _remove(self, kind: str) -> None:
         if self._engine is not None and self._folder is not None and self._engine.is_first:
-            # One that stays takes up room, and no more.
-            with suppress(OSError):
-                _remove_unfinished(self._folder)
-                for path in _files(self._folder, kind):
-                    path.unlink()
+            _remove_unfinished(self._folder)
+            for path in _files(self._folder, kind):
+                _unlink(path)
 
     def _kind(self, stage: str, question: Mapping[str, Any]) -> str:
         asked = json.dumps([self._job, stage, question], sort_keys=True)
@@ -202,6 +200,11 @@ def _files(folder: Path, kind: str) -> list[Path]:
 def _remove_unfinished(folder: Path) -> None:
     """What a run has left that was killed while it wrote."""
     for path in folder.glob("*-stage*.tmp"):
+        _unlink(path)
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):  # One that stays takes up room, and no more.
         path.unlink()
 
 

@@ -165,6 +165,7 @@ def usable(
             yield parts
         else:
             left_out.append(batch[0])
+            del parts  # No backward pass lets go of what it holds for one.
     if first is not None:
         for _ in left_out:
             yield loss(*first)

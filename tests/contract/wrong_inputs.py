@@ -183,6 +183,7 @@ FILES = [
     Wrong("drop {model} --layers 1 --output taken/out", ("--output",), {"taken": "a file, no folder"}),
     Wrong("drop {model} --layers 1 --output {model}", ("--output",)),
     Wrong("drop missing --layers 1 --output out", ("missing",)),
+    Wrong(f"drop {{model}} --layers 1 --output {'x' * 300}", ("--output xxx",)),
     Wrong("verify missing", ("missing",)),
     Wrong("promote m 1 --policy missing.yaml", ("missing.yaml",)),
     Wrong("promote m 1 --policy p.yaml", ("p.yaml",), {"p.yaml": "champion: 3"}),

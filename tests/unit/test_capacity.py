@@ -160,7 +160,7 @@ def test_what_an_allocator_keeps_is_in_proportion_to_the_step(wide):
 
 def test_under_a_bound_one_number_of_layers_is_planned_and_the_best_ones_states_stay(wide):
     quarter = estimate(wide, prune={"num_drop": 2})
-    for bound, states in ({"max_ppl_ratio": 1.1}, 2), ({"min_speedup": 1.3}, 1):
+    for bound, states in ({"max_ppl_ratio": 1.1}, 2), ({"min_speedup": 1.3, "ratio": 0.02}, 1):
         found = estimate(wide, prune=bound)
         assert found.num_drop == 2, "of eight layers, by the default ratio, with which a search begins"
         assert found.phases == quarter.phases

@@ -1,9 +1,11 @@
 """Models on disk: opened with care, saved without layers, loaded by transformers alone; faults are named."""
 
+import dataclasses
 import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tsp.config import ModelConfig
 from tsp.errors import ConfigError, ModelError
 from tsp.fresh import told_fresh
 from tsp.proof import proof
+from tsp.saving import move_and_round
 from tsp.source import load_tokenizer, open_source
 from tsp.surgery import renamed
 
@@ -165,6 +168,33 @@ def test_a_tensor_of_another_dtype_keeps_it_and_the_config_decides_nothing(famil
             assert torch.equal(saved[new], value), name
 
 
+def test_what_most_numbers_are_in_counts_and_what_is_trained_is_rounded_to_what_it_will_be_saved_in(tmp_path):
+    """Of GPT-2's tensors most are biases and norms; whatever the dtypes, evaluated is what is saved."""
+    from safetensors.torch import load_file, save_file
+
+    folder = model_folder(tmp_path / "dense", tiny_model("gpt2"), torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    small = {name: value.float() for name, value in tensors.items() if value.ndim == 1}
+    assert len(small) > len(tensors) / 2
+    save_file(tensors | small, folder / "model.safetensors", {"format": "pt"})
+    source, decoder = loaded(folder)
+    assert (source.dtype, set(source.other_dtypes.values())) == (torch.bfloat16, {torch.float32})
+    coarse = dataclasses.replace(
+        source, dtype=torch.float32, other_dtypes={"transformer.h.0.mlp.c_fc.weight": torch.bfloat16}
+    )
+
+    def train(bench, doomed, save_dtype):
+        for weight in bench.decoder.model.parameters():
+            weight.data += 1e-3 * torch.randn(weight.shape)
+        round_weights(bench.decoder.model.parameters(), save_dtype, whole)
+
+    made = SimpleNamespace(decoder=decoder, engine=SimpleNamespace(gathered=whole))
+    move_and_round(SimpleNamespace(source=coarse), made, train, DROPPED)
+    save_without(decoder, coarse, DROPPED, tmp_path / "pruned", gathered=whole, write=True)
+    with decoder.bypassing(DROPPED):
+        assert torch.equal(logits(reloaded(tmp_path / "pruned"), tokens()), logits(decoder.model, tokens()))
+
+
 def test_weights_that_are_finer_than_the_config_says_are_saved_as_they_are(tmp_path):
     folder = model_folder(tmp_path / "dense", tiny_model())
     edit(folder / "config.json", dtype="bfloat16")
@@ -264,8 +294,11 @@ def test_a_folder_that_cannot_be_put_in_its_place_is_refused_at_once(tmp_path, m
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "volume")
     (tmp_path / "volume").mkdir()
     require_new(tmp_path / "volume")  # A job writes into it.
-    with pytest.raises(ConfigError, match="is where a disk is mounted"):
-        require_new(tmp_path / "volume", at_once=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for stays in ("volume", "link"):
+        with pytest.raises(ConfigError, match="is a link or where a disk is mounted"):
+            require_new(tmp_path / stays, at_once=True)
 
 
 # What is wrong with a folder

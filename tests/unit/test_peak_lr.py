@@ -73,13 +73,12 @@ def test_a_micro_batch_that_is_not_finite_is_left_out(bad, monkeypatch):
     assert lr == pytest.approx(alone, rel=1e-4)
 
 
-def test_where_no_micro_batch_is_finite_the_training_says_so(monkeypatch):
+def test_where_no_micro_batch_is_finite_it_says_where_that_comes_from():
+    """No rate that is made up: with gates that hold, the training itself would have found nothing wrong."""
     model = tiny_model(num_layers=LAYERS)
     with torch.no_grad():
-        model.lm_head.weight.fill_(float("nan"))
-    lr, _ = found(model)
-    assert lr == NOTHING_LOST
-    with pytest.raises(NumbersError, match="not finite in 3 steps in a row"):
+        model.model.layers[DOOMED[-1] + 1].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(NumbersError, match="without the doomed layers the loss is not finite .*: layer 3 is the first"):
         transfer(bench(model, tokens(32, 12), job()), DOOMED, save_dtype=torch.float32)
 
 

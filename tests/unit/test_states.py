@@ -126,6 +126,15 @@ def test_what_a_killed_run_has_half_written_goes(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
 
 
+def test_what_cannot_be_removed_keeps_nothing_else(tmp_path):
+    (tmp_path / "00000003-stage2-0123456789abcdef.tmp").mkdir()
+    made, _ = started(tmp_path, STAGE2, 0)
+    transfer(made, DOOMED, save_dtype=torch.float32)
+    assert len(kept(tmp_path)) == 2
+    made.states.clear()
+    assert not kept(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["changed", "cut", "empty"])
 def test_a_damaged_state_is_passed_over(tmp_path, damage, caplog):
     cut, _ = started(tmp_path, STAGE2, 0, stop_after=5)

@@ -1,6 +1,7 @@
 """The one loop: which sequences a step sees, how micro-batches and ranks add up."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tsp.gates import Gates
 from tsp.losses import lm_loss
 from tsp.mounted import Mounted
 from tsp.sharding import AdamW
-from tsp.training import _mine, step_indices, train
+from tsp.training import _mine, step_indices, train, usable
 
 
 @pytest.mark.parametrize(("num_blocks", "batch_size"), [(12, 4), (10, 4), (3, 8), (7, 7)])
@@ -56,6 +57,26 @@ def gradients(accumulation: int) -> tuple[torch.Tensor, float, int]:
         [stats] = train(own, model, tokens(16, 12), config.train, num_steps=1, seed=0, loss=loss)
     assert calls == [8 // accumulation] * accumulation
     return gates.values.grad, stats.losses["total"], stats.tokens
+
+
+def test_what_is_left_out_lets_go_of_its_graph_before_the_next_pass():
+    """Else a micro-batch that is not finite takes the memory of two."""
+    kept = []
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            kept.append(weakref.ref(self))
+
+    def loss(tokens_BT, share):
+        assert not any(saved() is not None for saved in kept)
+        weight = torch.ones(3, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            return {"total": (weight**2 * float("nan")).sum()}
+
+    batches = [(tokens(2, 8), 1.0)] * 3
+    assert list(usable(engine(job()), batches, loss, left := [])) == []
+    assert len(left) == len(kept) == 3
 
 
 def test_accumulation_changes_neither_gradient_nor_loss():

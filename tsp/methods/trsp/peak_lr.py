@@ -12,8 +12,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from tsp.errors import NumbersError
 from tsp.losses import lm_loss, task_loss
 from tsp.methods.base import Bench
+from tsp.numbers import first_not_finite
 from tsp.sharding import Gradients
 from tsp.training import micro_batches, usable
 
@@ -29,9 +31,13 @@ def peak_lr(bench: Bench, doomed: Collection[int]) -> float:
     Args:
         bench: the model unmounted; what trains has `requires_grad`, and the weights are those of the dense model.
         doomed: layers that will be dropped.
+
+    Raises:
+        NumbersError: no micro-batch has a finite loss.
     """
     config, engine, model = bench.config.stage2, bench.engine, bench.decoder.model
-    excesses = []
+    excesses: list[Tensor] = []
+    left_out: list[Tensor] = []
     with engine.mounted(model, Gradients(num_micro_batches=bench.config.train.accumulation)) as mounted:
 
         def loss(tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
@@ -51,7 +57,7 @@ def peak_lr(bench: Bench, doomed: Collection[int]) -> float:
             return {"total": task.total, "floor": floor}
 
         first = micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.transfer_seed)
-        for number, parts in enumerate(usable(engine, first, loss, [])):
+        for number, parts in enumerate(usable(engine, first, loss, left_out)):
             if number:
                 mounted.end_micro_batch()
             # Under activation checkpointing the layers run again.
@@ -59,7 +65,12 @@ def peak_lr(bench: Bench, doomed: Collection[int]) -> float:
                 mounted.backward(parts["total"])
             excesses.append(parts["total"].detach() - parts["floor"])
         if not excesses:
-            return NOTHING_LOST  # The training will say why.
+            with bench.decoder.bypassing(doomed):
+                place = first_not_finite(engine, bench.decoder, mounted, left_out[0])
+            raise NumbersError(
+                f"without the doomed layers the loss is not finite on the first step's sequences: {place}; "
+                "give stage2.lr, model.dtype=fp32 or fewer layers to drop, or look at the model's weights"
+            )
         mounted.release()
         trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
         norm = sum(float(engine.gradient(parameter).float().abs().sum()) for parameter in trained)

@@ -245,7 +245,8 @@ def _penalty_weight(bench: Bench, model: Mounted, gates: Gates) -> float:
     def loss(tokens_BT: Tensor, share: float) -> dict[str, Tensor]:
         gates.gaps.clear()
         lm = lm_loss(model(tokens_BT), tokens_BT, share)
-        return {"total": lm, "all": torch.stack([lm, *_sizes(bench, gates).values()])}
+        parts = torch.stack([lm, *_sizes(bench, gates).values()])
+        return {"total": parts.sum(), "all": parts}
 
     with torch.no_grad():
         batches = micro_batches(engine, bench.blocks_NT, bench.config.train, 0, bench.transfer_seed)
