@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tsp.decoder import Decoder
-from tsp.errors import ConfigError, ModelError, StorageError
-from tsp.files import require_writable, sync
+from tsp.errors import ModelError, StorageError
+from tsp.files import sync
 from tsp.fresh import told_fresh
 from tsp.masking import one_line
 from tsp.progress import phase
@@ -155,29 +155,6 @@ def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
             "weight_map": dict(weight_map),
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def require_new(output: Path, *, at_once: bool = False) -> None:
-    """A folder to be made must be new or empty, and where it can be written; tried now, not after hours of work.
-
-    Args:
-        output: the folder.
-        at_once: it is to be put in its place by `whole_or_not_at_all`, beside which it is made.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    named, output = f"--output {output}", output.absolute()
-    try:
-        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
-        stays = output.is_mount() or output.is_symlink()
-    except OSError as error:
-        raise ConfigError(f"{named} cannot be written: {error.strerror or error}") from None
-    if taken:
-        raise ConfigError(f"{named} must be a new or an empty folder, it is not")
-    if at_once and stays:
-        raise ConfigError(f"{named} is a link or where a disk is mounted, and stays; give a folder in it")
-    require_writable(output.parent if at_once else output, named)
 
 
 def prove(pruned: Source, tokens_BT: Tensor, logits_BTV: Tensor | None) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tsp.checkpoint import copy_companions, require_new, shard_name, whole_or_not_at_all, write_index
+from tsp.checkpoint import copy_companions, shard_name, whole_or_not_at_all, write_index
 from tsp.config import ModelConfig
 from tsp.errors import ConfigError, ModelError
+from tsp.files import require_new
 from tsp.progress import phase
 from tsp.safety import weight_files
 from tsp.shards import copy_tensors, read_header

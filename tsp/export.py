@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsp.checkpoint import require_new, whole_or_not_at_all
+from tsp.checkpoint import whole_or_not_at_all
 from tsp.errors import ConfigError, ModelError
-from tsp.files import place
+from tsp.files import place, require_new
 from tsp.gguf_file import require_gguf, write_gguf
 from tsp.progress import phase
 from tsp.tracking.fetch import checkpoint_path, split_uri

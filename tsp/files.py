@@ -55,6 +55,29 @@ def require_writable(folder: Path, named: str) -> None:
         raise ConfigError(f"{named} cannot be written: {error.strerror or error}") from None
 
 
+def require_new(output: Path, *, at_once: bool = False) -> None:
+    """A folder to be made must be new or empty, and where it can be written; tried now, not after hours of work.
+
+    Args:
+        output: the folder.
+        at_once: it is to be put in its place by `checkpoint.whole_or_not_at_all`, beside which it is made.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    named, output = f"--output {output}", output.absolute()
+    try:
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+        stays = output.is_mount() or output.is_symlink()
+    except OSError as error:
+        raise ConfigError(f"{named} cannot be written: {error.strerror or error}") from None
+    if taken:
+        raise ConfigError(f"{named} must be a new or an empty folder, it is not")
+    if at_once and stays:
+        raise ConfigError(f"{named} is a link or where a disk is mounted, and stays; give a folder in it")
+    require_writable(output.parent if at_once else output, named)
+
+
 def sync(path: Path) -> None:
     """Return when a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

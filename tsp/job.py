@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from tsp import selection
-from tsp.checkpoint import require_new
 from tsp.config import JobConfig, number_to_drop
 from tsp.data import Corpora, Corpus, load_corpora
 from tsp.evaluation.generation_speed import check_fits
 from tsp.evaluation.zero_shot import Tasks, open_tasks
+from tsp.files import require_new
 from tsp.machine import is_first_node, require_restorable, weights_dtype
 from tsp.masking import masked
 from tsp.methods import TRANSFERS

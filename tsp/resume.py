@@ -9,8 +9,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from tsp.checkpoint import require_new
 from tsp.errors import ConfigError
+from tsp.files import require_new
 from tsp.job import Job
 from tsp.tracking.earlier import EarlierRun, latest_run, named_run
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tsp.checkpoint import require_new
 from tsp.choose import order_key
 from tsp.compare.groups import compare
 from tsp.compare.outputs import log_comparison
 from tsp.config import JobConfig
 from tsp.engine import Engine
 from tsp.errors import ConfigError, TspError, is_everywhere
+from tsp.files import require_new
 from tsp.grid import in_words
 from tsp.job import Job, Preparation
 from tsp.machine import is_first_node, require_restorable

@@ -12,9 +12,10 @@ import torch
 
 from tests.models import logits, model_folder, sample, tiny_model, tokens
 from tsp import checkpoint
-from tsp.checkpoint import load, prove, require_new, round_weights, save_without, whole_or_not_at_all
+from tsp.checkpoint import load, prove, round_weights, save_without, whole_or_not_at_all
 from tsp.config import ModelConfig
 from tsp.errors import ConfigError, ModelError
+from tsp.files import require_new
 from tsp.fresh import told_fresh
 from tsp.proof import proof
 from tsp.saving import move_and_round
