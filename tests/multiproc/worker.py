@@ -154,7 +154,7 @@ def clock(bench: Bench, case: dict) -> dict:
     """The steps of a transfer for which, by their own clocks, rank 0 has a second left and the others have none."""
     watch = Stopwatch()
     watch.add("select", 1e3 * bench.engine.rank)
-    doing = SimpleNamespace(config=bench.config, source=SimpleNamespace(dtype=torch.float32))
+    doing = SimpleNamespace(config=bench.config, source=SimpleNamespace(dtype=torch.float32, other_dtypes={}))
     transfer(doing, bench, tuple(case["doomed"]), watch)
     return {"steps": bench.engine.every_rank(bench.transfer_steps)}
 
